@@ -1,0 +1,197 @@
+"""Ours against the library's Llama on the CPU, on the same weights: prefill, decode, training step, overhead, compile.
+
+python benchmarks/cpu.py                       # all, about 7 minutes on two cores
+python benchmarks/cpu.py --quick               # a look, about a minute
+python benchmarks/cpu.py --only decode --only 256x12
+"""
+
+import itertools
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from common import (
+    MEDIUM,
+    OVERHEAD,
+    SMALL,
+    Context,
+    Decoding,
+    Report,
+    Shape,
+    alternate,
+    check_equal,
+    copy_bandwidth,
+    count_operators,
+    decode_bytes,
+    dtype_name,
+    forward_flops,
+    matrix_rate,
+    new_tokens,
+    parser,
+    row_of,
+    seconds,
+    start,
+    steps_per_sample,
+    summarise,
+    train_step,
+    twins,
+    wanted,
+    warm_up_compiler,
+)
+
+
+PREFILL = 512
+TRAIN = 128  # tokens per row of a training step
+CONTEXTS = (128, 2048)
+
+
+class Case(NamedTuple):
+    kind: str
+    shape: Shape
+    dtype: torch.dtype
+    batch: int
+    context: int
+
+    def __str__(self) -> str:
+        return f"{self.kind}/{self.shape}/{dtype_name(self.dtype)}/b{self.batch}/{self.context}"
+
+
+def cases(quick: bool) -> Iterator[Case]:
+    """Every case, those of one model next to each other."""
+    yield Case("overhead", OVERHEAD, torch.float32, 1, 128)
+    yield Case("overhead_generate", OVERHEAD, torch.float32, 1, 128)
+    yield Case("compiled", SMALL, torch.float32, 1, 128)
+    shapes, dtypes, batches = (SMALL, MEDIUM), (torch.float32, torch.bfloat16), (1, 8)
+    if quick:
+        shapes, dtypes, batches = (SMALL,), (torch.float32,), (1,)
+    for shape, dtype, batch in itertools.product(shapes, dtypes, batches):
+        yield Case("prefill", shape, dtype, batch, PREFILL)
+        for context in CONTEXTS:
+            yield Case("decode", shape, dtype, batch, context)
+        yield Case("train", shape, dtype, batch, TRAIN)
+
+
+class Bench:
+    """Runs cases one by one, with a pair of models that is kept while the shape and the dtype stay."""
+
+    def __init__(self, report: Report, budget: float) -> None:
+        self.report, self.budget = report, budget
+        self.bandwidth: dict[int, float] = {}
+        self.rate = {dtype: matrix_rate(dtype) for dtype in (torch.float32, torch.bfloat16)}
+        self.pair_of, self.pair = None, None
+        report.note(matrix_gflops={dtype_name(dtype): rate / 1e9 for dtype, rate in self.rate.items()})
+
+    def models(self, case: Case):
+        if self.pair_of != (case.shape, case.dtype):
+            self.pair_of, self.pair = (case.shape, case.dtype), twins(case.shape, case.dtype)
+        return self.pair
+
+    def run(self, case: Case) -> None:
+        runner: Callable[[Case], None] = getattr(self, case.kind)
+        runner(case)
+
+    def compare(self, case: Case, sides: dict, at_least: float, floor: float, **facts) -> None:
+        timing = alternate(sides, self.budget)
+        for other in timing.ratio:
+            row, text = row_of(
+                str(case),
+                timing,
+                other,
+                at_least=at_least,
+                floor=floor,
+                kind=case.kind,
+                model=str(case.shape),
+                dtype=dtype_name(case.dtype),
+                batch=case.batch,
+                context=case.context,
+                **facts,
+            )
+            self.report.add(row, text)
+
+    @torch.no_grad()
+    def prefill(self, case: Case) -> None:
+        """A prompt read into an empty cache, logits of its last token only, as generate does."""
+        ours, llama = self.models(case)
+        ids = new_tokens(ours, case.batch, case.context)
+        calls = {"ours": partial(ours, ids, logits_to_keep=1), "llama": partial(llama, ids, logits_to_keep=1)}
+        check_equal(calls["ours"]().logits, calls["llama"]().logits, str(case))
+        floor = forward_flops(ours, case.batch, case.context, logits=1) / self.rate[case.dtype]
+        self.compare(case, {name: partial(seconds, call) for name, call in calls.items()}, 1.0, floor)
+
+    def train(self, case: Case) -> None:
+        """Forward, loss and backward."""
+        ours, llama = self.models(case)
+        ids = new_tokens(ours, case.batch, case.context)
+        calls = {"ours": partial(train_step, ours.train(), ids), "llama": partial(train_step, llama.train(), ids)}
+        check_equal(calls["ours"](), calls["llama"](), str(case))
+        floor = 3 * forward_flops(ours, case.batch, case.context) / self.rate[case.dtype]
+        self.compare(case, {name: partial(seconds, call) for name, call in calls.items()}, 1.0, floor)
+        ours.eval(), llama.eval()
+
+    @torch.no_grad()
+    def decode(self, case: Case, target: float = 1.0, as_generate: bool = False) -> None:
+        """One token at a time from a growing cache, the forward only."""
+        ours, llama = self.models(case)
+        context = Context(ours, case.batch, case.context)
+        sides = {name: Decoding(model, context, as_generate) for name, model in (("ours", ours), ("llama", llama))}
+        check_equal(sides["ours"].first_step(), sides["llama"].first_step(), str(case))
+        steps = steps_per_sample(seconds(sides["ours"].step))
+        operators = {name: sum(count_operators(side.step).values()) for name, side in sides.items()}
+        samples = {name: partial(side.sample, steps) for name, side in sides.items()}
+        self.compare(case, samples, target, self.decode_floor(ours, case), operators=operators)
+        print(f"{'':40s} operators per step: ours {operators['ours']}, llama {operators['llama']}")
+
+    def overhead(self, case: Case) -> None:
+        """A decode step so small that only the framework's overhead counts."""
+        self.decode(case, target=1.2)
+
+    def overhead_generate(self, case: Case) -> None:
+        """The same with attention mask and positions handed over, as generate does."""
+        self.decode(case, target=1.2, as_generate=True)
+
+    @torch.no_grad()
+    def compiled(self, case: Case) -> None:
+        """Ours with a static cache and torch.compile, against Llama eager, and against Llama compiled alike."""
+        ours, llama = self.models(case)
+        static, growing = Context(ours, case.batch, case.context, static=True), Context(ours, case.batch, case.context)
+        sides = {
+            "ours": Decoding(torch.compile(ours, fullgraph=True), static),
+            "llama": Decoding(llama, growing),
+            "llama_compiled": Decoding(torch.compile(llama, fullgraph=True), static),
+        }
+        warm_up_compiler()
+        first_call = {name: seconds(side.step) for name, side in sides.items()}
+        check_equal(sides["ours"].first_step(), sides["llama"].first_step(), str(case))
+        steps = steps_per_sample(seconds(sides["llama"].step))
+        samples = {name: partial(side.sample, steps) for name, side in sides.items()}
+        pair = {name: samples[name] for name in ("ours", "llama")}
+        self.compare(case, pair, 1.5, self.decode_floor(ours, case), first_call_s=first_call)
+        pair = {name: samples[name] for name in ("ours", "llama_compiled")}
+        self.compare(case, pair, 1.0, self.decode_floor(ours, case), first_call_s=first_call)
+        print(f"{'':40s} first call: " + ", ".join(f"{name} {took:.1f} s" for name, took in first_call.items()))
+
+    def decode_floor(self, model: torch.nn.Module, case: Case) -> float:
+        """Seconds to read what a step must read, at the copy bandwidth for data of that size (caches included)."""
+        size = decode_bytes(model, case.batch, case.context)
+        megabytes = max(1, min(256, 2 ** round(size / 2 / 2**20).bit_length()))
+        if megabytes not in self.bandwidth:
+            self.bandwidth[megabytes] = copy_bandwidth(megabytes=megabytes)
+            self.report.note(copy_gb_per_s={f"{m} MB": b / 1e9 for m, b in self.bandwidth.items()})
+        return size / self.bandwidth[megabytes]
+
+
+def main() -> None:
+    arguments = parser(__doc__.splitlines()[0], "\n".join(__doc__.splitlines()[2:])).parse_args()
+    start(arguments)
+    report = Report("cpu", arguments)
+    bench = Bench(report, budget=1.0 if arguments.quick else 6.0)
+    for case in cases(arguments.quick):
+        if wanted(str(case), arguments):
+            bench.run(case)
+    print(summarise(report.content["rows"]))
+    report.write()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,167 @@
+"""What dynamic NTK costs beyond the trained window: ours against the same model with plain rotary, at the same length.
+
+Decode steps at 0.5x, 2x, 4x and 8x of the window, eager with a growing cache and compiled with a static one, and the
+prefill of a prompt of four windows. Up to the window the two must be the same program.
+
+    python benchmarks/long_context.py              # all, about 4 minutes on two cores
+    python benchmarks/long_context.py --quick --only eager
+"""
+
+from collections.abc import Iterator
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from common import (
+    Context,
+    Decoding,
+    InternLMForCausalLM,
+    Report,
+    Shape,
+    alternate,
+    copy_bandwidth,
+    count_operators,
+    decode_bytes,
+    dtype_name,
+    forward_flops,
+    matrix_rate,
+    memory_use,
+    new_tokens,
+    our_config,
+    our_model,
+    parser,
+    row_of,
+    seconds,
+    sharing_weights,
+    start,
+    steps_per_sample,
+    summarise,
+    wanted,
+    warm_up_compiler,
+)
+
+
+# The family's head_dim, 128. At 8x the window keys and values are 1.3x the weights; in the 20B at 16k they are half.
+SHAPE = Shape(hidden=512, layers=4, heads=4, intermediate=1376, window=512)
+MULTIPLES = (0.5, 2, 4, 8)
+PREFILL_MULTIPLE = 4
+# dynamic / plain at most; up to the window there is nothing that could cost, so 1.05 is room for noise
+TARGETS = {"eager": 1.25, "compiled": 1.1, "prefill": 1.25}
+WITHIN_WINDOW = 1.05
+
+
+class Case(NamedTuple):
+    kind: str  # eager, compiled or prefill
+    dtype: torch.dtype
+    batch: int
+    multiple: float
+
+    @property
+    def context(self) -> int:
+        return int(self.multiple * SHAPE.window)
+
+    def __str__(self) -> str:
+        return f"{self.kind}/{SHAPE}/{dtype_name(self.dtype)}/b{self.batch}/{self.multiple:g}x"
+
+
+def cases(quick: bool) -> Iterator[Case]:
+    multiples = (0.5, 4) if quick else MULTIPLES
+    for multiple in multiples:
+        yield Case("eager", torch.float32, 1, multiple)
+    yield Case("prefill", torch.float32, 1, PREFILL_MULTIPLE)
+    for multiple in multiples:
+        yield Case("compiled", torch.float32, 1, multiple)
+    if not quick:
+        yield Case("eager", torch.float32, 4, 4)
+        for multiple in multiples:
+            yield Case("eager", torch.bfloat16, 1, multiple)
+
+
+class Bench:
+    """Runs cases on the two models, which share their weights."""
+
+    def __init__(self, report: Report, budget: float) -> None:
+        self.report, self.budget = report, budget
+        self.bandwidth = copy_bandwidth(megabytes=64)
+        self.rate = matrix_rate(torch.float32)
+        report.note(copy_gb_per_s=self.bandwidth / 1e9, matrix_gflops=self.rate / 1e9, window=SHAPE.window)
+
+    def models(self, dtype: torch.dtype) -> dict[str, InternLMForCausalLM]:
+        plain = our_model(SHAPE, dtype, rotary="origin")
+        return {"plain": plain, "dynamic": sharing_weights(plain, InternLMForCausalLM, our_config(SHAPE))}
+
+    @torch.no_grad()
+    def run(self, case: Case) -> None:
+        torch._dynamo.reset()  # each case its own program: no shape of an earlier one is generalised
+        models = self.models(case.dtype)
+        if case.kind == "prefill":
+            self.prefill(case, models)
+        else:
+            self.decode(case, models)
+
+    def compare(self, case: Case, sides: dict, floor: float, **facts) -> None:
+        timing = alternate(sides, self.budget)
+        row, text = row_of(
+            str(case),
+            timing,
+            "dynamic",
+            at_most=TARGETS[case.kind] if case.multiple > 1 else WITHIN_WINDOW,
+            floor=floor,
+            kind=case.kind,
+            model=str(SHAPE),
+            dtype=dtype_name(case.dtype),
+            batch=case.batch,
+            context=case.context,
+            **facts,
+        )
+        self.report.add(row, text)
+
+    def decode(self, case: Case, models: dict) -> None:
+        compiled = case.kind == "compiled"
+        context = Context(models["plain"], case.batch, case.context, static=compiled)
+        sides = {
+            name: Decoding(torch.compile(model, fullgraph=True, dynamic=False) if compiled else model, context)
+            for name, model in models.items()
+        }
+        if compiled:
+            warm_up_compiler()
+        first_call = {name: seconds(side.step) for name, side in sides.items()}
+        facts = {"first_call_s": first_call}
+        if not compiled:
+            facts["operators"] = {name: sum(count_operators(side.step).values()) for name, side in sides.items()}
+        # A growing cache is part of the measure, because each step makes a new one; a static one is there already.
+        uses = {name: memory_use(side.step if compiled else side.first_step) for name, side in sides.items()}
+        facts["peak_bytes"] = {name: use.peak for name, use in uses.items()}
+        steps = steps_per_sample(seconds(sides["plain"].step))
+        floor = decode_bytes(models["plain"], case.batch, case.context) / self.bandwidth
+        self.compare(case, {name: partial(side.sample, steps) for name, side in sides.items()}, floor, **facts)
+        told = [f"peak {name} {use.peak / 2**20:.1f} MiB" for name, use in uses.items()]
+        told += [f"operators {name} {count}" for name, count in facts.get("operators", {}).items()]
+        told += [f"first call {name} {took:.1f} s" for name, took in first_call.items() if compiled]
+        print(f"{'':40s} {', '.join(told)}")
+
+    def prefill(self, case: Case, models: dict) -> None:
+        ids = new_tokens(models["plain"], case.batch, case.context)
+        calls = {name: partial(model, ids, logits_to_keep=1) for name, model in models.items()}
+        uses = {name: memory_use(call) for name, call in calls.items()}
+        floor = forward_flops(models["plain"], case.batch, case.context, logits=1) / self.rate
+        peak_bytes = {name: use.peak for name, use in uses.items()}
+        sides = {name: partial(seconds, call) for name, call in calls.items()}
+        self.compare(case, sides, floor, peak_bytes=peak_bytes)
+        print(f"{'':40s} " + ", ".join(f"peak {name} {use.peak / 2**20:.1f} MiB" for name, use in uses.items()))
+
+
+def main() -> None:
+    arguments = parser(__doc__.splitlines()[0], "\n".join(__doc__.splitlines()[2:])).parse_args()
+    start(arguments)
+    report = Report("long_context", arguments)
+    bench = Bench(report, budget=1.0 if arguments.quick else 6.0)
+    for case in cases(arguments.quick):
+        if wanted(str(case), arguments):
+            bench.run(case)
+    print(summarise(report.content["rows"]))
+    report.write()
+
+
+if __name__ == "__main__":
+    main()

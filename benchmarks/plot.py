@@ -1,0 +1,205 @@
+"""Draw benchmarks/results/*.json as PNG beside them.
+
+python benchmarks/plot.py                       # all results that are there
+python benchmarks/plot.py build/benchmarks      # another folder
+"""
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+
+RESULTS = Path(__file__).resolve().parent / "results"
+COLOURS = {"ours": "#1f5fbf", "other": "#c8641b", "floor": "#555555", "light": "#9bb8e0"}
+NAMES = {
+    "overhead": "tiny decode step",
+    "overhead_generate": "tiny decode step, as in generate",
+    "compiled": "decode, torch.compile",
+    "prefill": "prefill",
+    "decode": "decode",
+    "train": "training step",
+}
+
+plt.rcParams.update(
+    {
+        "font.size": 9,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.titleweight": "bold",
+        "axes.titlelocation": "left",
+        "axes.grid": True,
+        "grid.color": "#e6e6e6",
+        "axes.axisbelow": True,
+        "legend.frameon": False,
+    }
+)
+
+
+def caption(figure: Any, result: dict) -> None:
+    """What a number means nothing without, below the picture."""
+    env = result["environment"]
+    where = env.get("gpu") or f"{env['processor']}, {env['threads']} threads"
+    text = (
+        f"{where} · torch {env['torch']} · transformers {env['transformers']} · commit {env['commit']} · {env['date']}"
+    )
+    figure.text(0.01, 0.01, text, fontsize=7, color="#777777")
+
+
+def save(figure: Any, result: dict, path: Path) -> None:
+    caption(figure, result)
+    figure.tight_layout(rect=(0, 0.025, 1, 1))
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+    print(path.name)
+
+
+def label(row: dict) -> str:
+    """A case of the CPU benchmark in words."""
+    parts = [NAMES[row["kind"]], row["model"], row["dtype"], f"batch {row['batch']}", str(row["context"])]
+    return " · ".join(parts) + (" · vs compiled Llama" if row["ratio_of"].startswith("llama_compiled") else "")
+
+
+def plot_cpu(result: dict, path: Path) -> None:
+    """Llama's time over ours, case by case, with the interquartile range."""
+    rows = [row for row in result["rows"] if "ratio" in row][::-1]
+    figure, axes = plt.subplots(figsize=(9, 1.6 + 0.24 * len(rows)))
+    for place, row in enumerate(rows):
+        colour = {"ok": COLOURS["ours"], "noise": "#8a8a8a"}.get(row["verdict"], COLOURS["other"])
+        axes.plot(row["ratio_quartiles"], [place, place], color=colour, linewidth=2, solid_capstyle="round")
+        axes.plot(row["ratio"], place, "o", color=colour, markersize=5)
+        axes.annotate(
+            f"{row['ratio']:.2f}", (1.01, place), xycoords=("axes fraction", "data"), va="center", fontsize=8
+        )
+    labels = [label(row) for row in rows]
+    axes.set_yticks(range(len(rows)), labels, fontsize=7.5)
+    axes.axvline(1.0, color=COLOURS["floor"], linewidth=1, linestyle="--")
+    axes.set_xlabel("Llama's time / ours, same weights (right of 1.0: ours is faster)")
+    figure.suptitle("CPU: ours against Llama, median and interquartile range", x=0.01, ha="left", weight="bold")
+    save(figure, result, path)
+
+
+def plot_long_context(result: dict, path: Path) -> None:
+    """Decode time against context beyond the window: dynamic NTK, plain rotary, floor."""
+    kinds = [kind for kind in ("eager", "compiled") if any(row.get("kind") == kind for row in result["rows"])]
+    figure, all_axes = plt.subplots(1, len(kinds), figsize=(4.6 * len(kinds), 3.8), sharey=True, squeeze=False)
+    for axes, kind in zip(all_axes[0], kinds, strict=True):
+        rows = [r for r in result["rows"] if (r["kind"], r["dtype"], r["batch"]) == (kind, "float32", 1)]
+        rows.sort(key=lambda row: row["context"])
+        contexts = [row["context"] for row in rows]
+        axes.plot(
+            contexts, [row["ms"]["dynamic"] for row in rows], "o-", color=COLOURS["ours"], label="dynamic NTK (exact)"
+        )
+        axes.plot(contexts, [row["ms"]["plain"] for row in rows], "s-", color=COLOURS["other"], label="plain rotary")
+        axes.plot(
+            contexts,
+            [row["floor_ms"] for row in rows],
+            "--",
+            color=COLOURS["floor"],
+            label="floor: bytes / copy bandwidth",
+        )
+        for row in rows:
+            axes.annotate(
+                f"{row['ratio']:.2f}x",
+                (row["context"], row["ms"]["dynamic"]),
+                (0, 7),
+                textcoords="offset points",
+                ha="center",
+            )
+        axes.axvline(result["window"], color="#aaaaaa", linewidth=1, linestyle=":")
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(contexts, contexts)
+        axes.margins(x=0.1, y=0.15)
+        axes.set_title(f"{kind}, window {result['window']}")
+        axes.set_xlabel("context (tokens)")
+    all_axes[0][0].set_ylim(bottom=0)
+    all_axes[0][0].set_ylabel("ms per decoded token")
+    all_axes[0][0].legend(loc="upper left")
+    save(figure, result, path)
+
+
+def plot_gpu(result: dict, path: Path) -> None:
+    """Decode time against context, batch 1, per model, with the floor; eager and compiled."""
+    models = list(dict.fromkeys(row["model"] for row in result["rows"]))
+    figure, all_axes = plt.subplots(1, len(models), figsize=(max(6.8, 4.8 * len(models)), 3.8), squeeze=False)
+    lines = [
+        ("eager", "llama", "o--", COLOURS["other"], "Llama, eager"),
+        ("compiled_llama", "llama", "o-", COLOURS["other"], "Llama, compiled"),
+        ("eager", "ours", "s--", COLOURS["light"], "ours, eager"),
+        ("compiled", "ours", "s-", COLOURS["ours"], "ours, compiled"),
+    ]
+    for axes, model in zip(all_axes[0], models, strict=True):
+        rows = [
+            row for row in result["rows"] if row["model"] == model and row["batch"] == 1 and row["kind"] != "prefill"
+        ]
+        for kind, side, style, colour, label in lines:
+            points = sorted(
+                (row["context"], row["ms"][side]) for row in rows if row["kind"] == kind and side in row["ms"]
+            )
+            if points:
+                axes.plot(*zip(*points, strict=True), style, color=colour, label=label)
+        floors = sorted({(row["context"], row["floor_ms"]) for row in rows})
+        axes.plot(*zip(*floors, strict=True), ":", color=COLOURS["floor"], label="floor: bytes / copy bandwidth")
+        axes.set_xscale("log", base=2)
+        axes.set_xticks([context for context, _ in floors], [context for context, _ in floors])
+        axes.set_ylim(bottom=0)
+        axes.set_title(f"{model}, bfloat16, batch 1")
+        axes.set_xlabel("context (tokens)")
+    all_axes[0][0].set_ylabel("ms per decoded token")
+    all_axes[0][0].legend()
+    save(figure, result, path)
+
+
+def plot_loading(result: dict, path: Path) -> None:
+    """Peak memory over the checkpoint's size, and seconds to the first token."""
+    rows = {row["case"]: row for row in result["rows"]}
+    panels: list[tuple[str, dict[str, float], float | None]] = []
+    if row := rows.get("peak_memory"):
+        title = f"peak memory / checkpoint ({row['checkpoint_bytes'] / 1e9:.1f} GB)"
+        panels.append((title, row["peak_over_checkpoint"], 1.1))
+    if row := rows.get("first_token"):
+        seconds = {side: ms / 1e3 for side, ms in row["ms"].items()}
+        with_text = rows["first_token_with_tokenizer"]["ms"]["ours_text"] / 1e3
+        panels.append(("checkpoints/tiny: s to the first token", seconds | {"ours, with\ntokenizer": with_text}, None))
+    figure, all_axes = plt.subplots(1, len(panels), figsize=(max(6.8, 4.4 * len(panels)), 3.2), squeeze=False)
+    for axes, (title, values, limit) in zip(all_axes[0], panels, strict=True):
+        colours = [COLOURS["other"] if name == "llama" else COLOURS["ours"] for name in values]
+        bars = axes.bar(list(values), list(values.values()), color=colours, width=0.55)
+        axes.bar_label(bars, fmt="%.2f", padding=2)
+        axes.grid(axis="x", visible=False)
+        if limit:
+            axes.axhline(limit, color=COLOURS["floor"], linestyle="--", linewidth=1)
+        axes.set_title(title)
+    save(figure, result, path)
+
+
+PLOTS: dict[str, Callable[[dict, Path], None]] = {
+    "cpu": plot_cpu,
+    "long_context": plot_long_context,
+    "gpu": plot_gpu,
+    "loading": plot_loading,
+}
+
+
+def main() -> None:
+    made = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    made.add_argument(
+        "folder", nargs="?", type=Path, default=RESULTS, help="where the results lie (default: %(default)s)"
+    )
+    folder = made.parse_args().folder
+    for file in sorted(folder.glob("*.json")):
+        result = json.loads(file.read_text(encoding="utf-8"))
+        plot = PLOTS.get(result.get("benchmark"))
+        if plot and result["rows"]:
+            plot(result, file.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,164 @@
+"""The tokenizer against a SentencePiece-backed slow tokenizer of transformers and against sentencepiece itself.
+
+All sides get the same 2 MB in one process and in turns: the golden texts, this project's files, generated Unicode and
+Python's standard library; whole (as when a data set is prepared) and by line (as in a chat). They must agree first.
+What counts is the processor time of the whole process, all threads together, so no side wins by using more cores;
+only encode/batch, one call with all texts, counts wall time, because only ours then uses all cores.
+
+python benchmarks/tokenizer.py            # about 2 minutes
+python benchmarks/tokenizer.py --quick    # a look, 20 seconds
+"""
+
+import gc
+import importlib
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import sentencepiece
+import transformers
+from common import ROOT, Report, alternate, parser, row_of, seconds, start, summarise, wanted
+
+
+sys.path.append(str(ROOT / "tests"))
+from texts import GOLDEN, mixed_corpus
+
+
+InternLMTokenizer = importlib.import_module("internlm.tokenization_internlm").InternLMTokenizer
+MODEL = str(GOLDEN / "tokenizer.model")
+OURS, SLOW, RAW = "ours", "slow", "sentencepiece"
+
+
+def slow_tokenizer() -> Any:
+    """A tokenizer of transformers that runs sentencepiece from Python: SentencePieceBackend, before 5.0 Llama's."""
+    if transformers.__version__ < "5":
+        return transformers.LlamaTokenizer(MODEL, legacy=True)
+
+    class SlowTokenizer(transformers.SentencePieceBackend):
+        def convert_tokens_to_string(self, tokens: list[str]) -> str:
+            return self.sp_model.decode(tokens)  # the base class leaves byte pieces as <0xE4>
+
+    return SlowTokenizer(vocab_file=MODEL, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+
+
+def sides() -> dict[str, tuple[Callable[[str], list[int]], Callable[[list[int]], str]]]:
+    """Name -> its functions from text to ids, without special tokens, and back."""
+    ours, slow = InternLMTokenizer(MODEL), slow_tokenizer()
+    raw = sentencepiece.SentencePieceProcessor(model_file=MODEL)
+    return {
+        OURS: (lambda text: ours(text, add_special_tokens=False)["input_ids"], ours.decode),
+        SLOW: (lambda text: slow(text, add_special_tokens=False)["input_ids"], slow.decode),
+        RAW: (raw.encode, raw.decode),
+    }
+
+
+def corpora(size: int) -> dict[str, list[str]]:
+    """Texts on which all sides agree by definition: without control strings, NUL and U+2581."""
+    texts = [
+        text for text in mixed_corpus(size) if not any(c in text for c in ("<s>", "</s>", "<unk>", "\0", "\u2581"))
+    ]
+    lines = [line for text in texts for line in text.splitlines(keepends=True)]
+    return {"whole": texts, "lines": lines[:: max(1, len(lines) // 10_000)]}
+
+
+def processor_seconds(function: Callable[[Any], Any], items: list) -> float:
+    gc.collect()
+    begin = time.process_time()
+    for item in items:
+        function(item)
+    return time.process_time() - begin
+
+
+def measure(report: Report, arguments: Any, budget: float) -> None:
+    """Encode and decode each corpus on each side; one row for each peer."""
+    functions = sides()
+    for corpus, texts in corpora(2_000_000).items():
+        ids = [functions[RAW][0](text) for text in texts]
+        megabytes = sum(len(text.encode()) for text in texts) / 1e6
+        for direction, (name, items) in enumerate([("encode", texts), ("decode", ids)]):
+            case = f"{name}/{corpus}"
+            if not wanted(case, arguments):
+                continue
+            answers = {side: [pair[direction](item) for item in items] for side, pair in functions.items()}
+            for side in (SLOW, RAW):
+                if answers[side] != answers[OURS]:
+                    wrong = next(
+                        i for i, (a, b) in enumerate(zip(answers[side], answers[OURS], strict=True)) if a != b
+                    )
+                    raise SystemExit(f"{case}: {side} and ours differ on {texts[wrong][:200]!r}; not timed.")
+            runs = {
+                side: lambda f=pair[direction], i=items: processor_seconds(f, i) for side, pair in functions.items()
+            }
+            timing = alternate(runs, budget)
+            speed = {side: round(megabytes / ms * 1e3, 2) for side, ms in timing.milliseconds.items()}
+            print(f"{case:16s} {megabytes:.2f} MB, MB/s: " + ", ".join(f"{side} {v:.2f}" for side, v in speed.items()))
+            facts = {"megabytes": round(megabytes, 3), "megabytes_per_second": speed}
+            # On lines, what a call of transformers costs in Python is more than what sentencepiece needs for a line.
+            targets = {SLOW: 2.0 if name == "encode" else 5.0, RAW: 1 / 1.5 if case == "encode/whole" else None}
+            for peer, target in targets.items():
+                report.add(*row_of(f"{case} against {peer}", timing, peer, at_least=target, **facts))
+
+
+def measure_batch(report: Report, budget: float) -> None:
+    """A data set in one call, as `datasets.map(batched=True)` makes it, with the threads that each side has."""
+    texts = corpora(2_000_000)["whole"]
+    megabytes = sum(len(text.encode()) for text in texts) / 1e6
+    raw = sentencepiece.SentencePieceProcessor(model_file=MODEL)
+    calls = {
+        OURS: InternLMTokenizer(MODEL),
+        SLOW: slow_tokenizer(),
+        RAW: partial(raw.encode, num_threads=os.cpu_count()),
+    }
+    runs = {name: lambda call=call: seconds(lambda: call(texts)) for name, call in calls.items()}
+    os.environ["TOKENIZERS_PARALLELISM"] = "true"
+    timing = alternate(runs, budget)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    facts = {"megabytes": round(megabytes, 3), "time": "wall", "cores": os.cpu_count()}
+    for peer, target in {SLOW: 2.0, RAW: None}.items():
+        report.add(*row_of(f"encode/batch against {peer}", timing, peer, at_least=target, **facts))
+
+
+def measure_loading(report: Report, budget: float) -> None:
+    """From files to a tokenizer object, both forms of ours and the slow peer."""
+    with tempfile.TemporaryDirectory() as folder:
+        InternLMTokenizer(MODEL).save_pretrained(folder)
+        saved = str(Path(folder) / "tokenizer.json")
+        makers = {
+            OURS: lambda: InternLMTokenizer(MODEL),
+            "tokenizer.json": lambda: InternLMTokenizer(tokenizer_file=saved),
+            SLOW: slow_tokenizer,
+        }
+        runs = {name: lambda make=make: processor_seconds(lambda _: make(), [0]) for name, make in makers.items()}
+        timing = alternate(runs, budget)
+    for peer in ("tokenizer.json", SLOW):
+        report.add(*row_of(f"load against {peer}", timing, peer))
+    load = timing.milliseconds[OURS] / 1e3
+    text = f"load {load:.2f} s of processor time, target < 1 s: {'ok' if load < 1 else 'MISSED'}"
+    report.add({"case": "load", "seconds": load, "target": "< 1", "verdict": "ok" if load < 1 else "MISSED"}, text)
+
+
+def main() -> None:
+    arguments = parser(__doc__ or "").parse_args()
+    start(arguments)
+    report = Report("tokenizer", arguments)
+    report.note(sentencepiece=sentencepiece.__version__, tokenizers=importlib.import_module("tokenizers").__version__)
+    budget = 3 if report.quick else 25
+    measure(report, arguments, budget)
+    if wanted("encode/batch", arguments):
+        measure_batch(report, budget)
+    if wanted("load", arguments):
+        measure_loading(report, budget)
+    print(summarise(report.content["rows"]))
+    report.write()
+
+
+if __name__ == "__main__":
+    main()

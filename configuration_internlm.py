@@ -1,0 +1,223 @@
+"""What an InternLM v1 checkpoint says about itself.
+
+Llama's configuration, except: `bias` switches the biases of all four attention projections, and `rotary` is the one
+normal form of four historic ways to write the rotary setting (see `normalise_rotary`). Every field is validated when
+the configuration is built, before anything is allocated.
+"""
+
+from typing import Any
+
+import transformers
+from transformers.activations import ACT2FN
+
+
+# PretrainedConfig until 4.57, PreTrainedConfig from 5.0 (which keeps the old name as a deprecated alias).
+_BaseConfig: Any = getattr(transformers, "PreTrainedConfig", None) or transformers.PretrainedConfig
+
+# lm_head's split is named colwise_rep until 5.0 and lives in the model; these names are the same everywhere.
+_TENSOR_PARALLEL_PLAN = {
+    "layers.*.self_attn.q_proj": "colwise",
+    "layers.*.self_attn.k_proj": "colwise",
+    "layers.*.self_attn.v_proj": "colwise",
+    "layers.*.self_attn.o_proj": "rowwise",
+    "layers.*.mlp.gate_proj": "colwise",
+    "layers.*.mlp.up_proj": "colwise",
+    "layers.*.mlp.down_proj": "rowwise",
+}
+_PIPELINE_PARALLEL_PLAN = {
+    "embed_tokens": (["input_ids"], ["inputs_embeds"]),
+    "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
+    "norm": (["hidden_states"], ["hidden_states"]),
+}
+
+# No InternLM v1 dimension comes near this; beyond it a config.json is broken or hostile, and is refused unbuilt.
+_LARGEST_SIZE = 2**24
+
+
+def _invalid(field: str, value: Any, allowed: str, fix: str = "correct it in config.json") -> ValueError:
+    return ValueError(f"InternLMConfig: {field}={value!r} is not allowed: it must be {allowed}; {fix}.")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _check_int(field: str, value: Any, low: int, high: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+        raise _invalid(field, value, f"an integer from {low} to {high}")
+
+
+def _check_positive(field: str, value: Any, high: float) -> None:
+    if not _is_number(value) or not 0 < value <= high:
+        raise _invalid(field, value, f"a number above 0 and at most {high:g}")
+
+
+def normalise_rotary(
+    rotary: dict | None = None,
+    rope_theta: float | None = None,
+    rope_scaling: dict | None = None,
+    rope_parameters: dict | None = None,
+) -> dict:
+    """Turn any published dialect of the rotary setting into `{"type", "base", "scaling_factor"}`.
+
+    The dialects, of which one configuration uses one:
+
+    1. nothing: dynamic NTK with base 10000, as the last official code reads it;
+    2. `rotary={"type": "origin" | "dynamic", "base": 10000, "scaling_factor": 1.0}` (the last official form);
+    3. `rope_theta=10000.0, rope_scaling=None | {"type": "dynamic", "factor": 1.0}` (the 20B in 2023); None is dynamic
+       with factor 1.0, because the official code never read these two fields;
+    4. `rope_parameters={"rope_type": "default" | "dynamic", "rope_theta": 10000.0, "factor": 1.0}`.
+
+    Args:
+        rotary, rope_theta, rope_scaling, rope_parameters: The fields as they stand in config.json.
+
+    Returns:
+        `type` is "origin" (plain rotary) or "dynamic" (dynamic NTK beyond max_position_embeddings), `base` and
+        `scaling_factor` are floats.
+
+    Raises:
+        ValueError: A field has the wrong type or range, or two dialects are mixed.
+    """
+    given = {"rotary": rotary, "rope_scaling": rope_scaling, "rope_parameters": rope_parameters}
+    given = {field: value for field, value in given.items() if value is not None}
+    if len(given) > 1:
+        raise _invalid(" and ".join(given), list(given.values()), "given in one field only", 'keep "rotary"')
+    field, settings = next(iter(given.items()), ("rope_theta", {}))
+    if not isinstance(settings, dict):
+        raise _invalid(field, settings, "an object", 'for example {"type": "dynamic", "base": 10000}')
+
+    names = ("type", "rope_type", "base", "rope_theta", "factor", "scaling_factor")
+    if unknown := sorted(set(map(str, settings)) - set(names)):
+        raise _invalid(field, settings, f"made of the keys {', '.join(names)}", f"remove {', '.join(unknown)}")
+    setting = {name: settings[name] for name in names if settings.get(name) is not None}
+    kind = setting.get("type", setting.get("rope_type", "dynamic"))
+    if kind not in ("origin", "default", "dynamic"):
+        raise _invalid(f"{field}.type", kind, '"origin" (plain rotary) or "dynamic" (dynamic NTK)')
+    base = setting.get("base", setting.get("rope_theta", 10000.0 if rope_theta is None else rope_theta))
+    factor = setting.get("scaling_factor", setting.get("factor", 1.0))
+    _check_positive(f"{field}: base", base, 1e12)
+    if not _is_number(factor) or not 1 <= factor <= 1e6:
+        raise _invalid(f"{field}: scaling_factor", factor, "a number from 1 to 1e6")
+    return {
+        "type": "dynamic" if kind == "dynamic" else "origin",
+        "base": float(base),
+        "scaling_factor": float(factor),
+    }
+
+
+class InternLMConfig(_BaseConfig):
+    """Configuration of InternLM v1; the defaults are internlm-7b's, as in the official code.
+
+    Args:
+        vocab_size: Rows of the embedding and of the output head.
+        hidden_size: Width of the residual stream; num_attention_heads times an even head_dim.
+        intermediate_size: Width of the gated MLP.
+        num_hidden_layers: Decoder layers.
+        num_attention_heads: Attention heads; InternLM v1 has no grouped keys.
+        num_key_value_heads: Accepted for tools that write it; must equal num_attention_heads.
+        hidden_act: Activation of the MLP's gate, a name of `transformers.activations.ACT2FN`.
+        max_position_embeddings: Trained window in tokens, the M of dynamic NTK.
+        initializer_range: Standard deviation of freshly initialised weights.
+        rms_norm_eps: Added to the mean square in RMSNorm.
+        use_cache: Whether a forward returns keys and values by default.
+        pad_token_id: Token for padding. 0 (`<unk>`), never eos: padding with eos hides it from the training loss.
+        bos_token_id, eos_token_id: Sequence start, and sequence end (an integer or a list).
+        tie_word_embeddings: Whether the output head shares the embedding's weight.
+        bias: Biases on q, k, v and o projections: True for the 7B family, False for the 20B.
+        rotary: See `normalise_rotary`, which also reads rope_theta, rope_scaling and rope_parameters.
+
+    Raises:
+        ValueError: A field is out of range; the message names field, value, what is allowed and what to do.
+    """
+
+    model_type = "internlm"
+    keys_to_ignore_at_inference = ["past_key_values"]
+    base_model_tp_plan = _TENSOR_PARALLEL_PLAN
+    base_model_pp_plan = _PIPELINE_PARALLEL_PLAN
+    _auto_class = "AutoConfig"
+
+    def __init__(
+        self,
+        vocab_size: int = 103168,
+        hidden_size: int = 4096,
+        intermediate_size: int = 11008,
+        num_hidden_layers: int = 32,
+        num_attention_heads: int = 32,
+        num_key_value_heads: int | None = None,
+        hidden_act: str = "silu",
+        max_position_embeddings: int = 2048,
+        initializer_range: float = 0.02,
+        rms_norm_eps: float = 1e-6,
+        use_cache: bool = True,
+        pad_token_id: int | None = 0,
+        bos_token_id: int | None = 1,
+        eos_token_id: int | list[int] | None = 2,
+        tie_word_embeddings: bool = False,
+        bias: bool = True,
+        rotary: dict | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.vocab_size = vocab_size
+        self.hidden_size = hidden_size
+        self.intermediate_size = intermediate_size
+        self.num_hidden_layers = num_hidden_layers
+        self.num_attention_heads = num_attention_heads
+        self.num_key_value_heads = num_attention_heads if num_key_value_heads is None else num_key_value_heads
+        self.hidden_act = hidden_act
+        self.max_position_embeddings = max_position_embeddings
+        self.initializer_range = initializer_range
+        self.rms_norm_eps = rms_norm_eps
+        self.use_cache = use_cache
+        self.bias = bias
+        self.tie_word_embeddings = tie_word_embeddings
+        dialects = {name: kwargs.pop(name, None) for name in ("rope_theta", "rope_scaling", "rope_parameters")}
+        self.rotary = normalise_rotary(rotary, **dialects)
+        head_dim = kwargs.pop("head_dim", None)
+        self._validate(head_dim)
+        special = {"pad_token_id": pad_token_id, "bos_token_id": bos_token_id, "eos_token_id": eos_token_id}
+        for field, value in special.items():
+            for token in value if isinstance(value, list) else [value]:
+                if token is not None:
+                    _check_int(field, token, 0, vocab_size - 1)
+        super().__init__(tie_word_embeddings=tie_word_embeddings, **special, **kwargs)
+        # transformers 5 drops the special tokens, as settings of generation; 4.57 keeps them.
+        for field, value in special.items():
+            setattr(self, field, value)
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.hidden_size // self.num_attention_heads
+
+    def _validate(self, head_dim: int | None) -> None:
+        sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+        for field in sizes:
+            _check_int(field, getattr(self, field), 1, _LARGEST_SIZE)
+        _check_int("max_position_embeddings", self.max_position_embeddings, 1, 2**31)
+        _check_positive("rms_norm_eps", self.rms_norm_eps, 1.0)
+        _check_positive("initializer_range", self.initializer_range, 10.0)
+        for field in ("use_cache", "bias", "tie_word_embeddings"):
+            if not isinstance(getattr(self, field), bool):
+                raise _invalid(field, getattr(self, field), "true or false")
+        if not isinstance(self.hidden_act, str) or self.hidden_act not in ACT2FN:
+            raise _invalid("hidden_act", self.hidden_act, 'an activation of transformers, for example "silu"')
+        if self.hidden_size % (2 * self.num_attention_heads):
+            heads = self.num_attention_heads
+            raise _invalid("hidden_size", self.hidden_size, f"a multiple of 2 * num_attention_heads ({2 * heads})")
+        if self.num_key_value_heads != self.num_attention_heads:
+            raise _invalid(
+                "num_key_value_heads",
+                self.num_key_value_heads,
+                f"equal to num_attention_heads ({self.num_attention_heads}), as InternLM v1 has no grouped keys",
+            )
+        if head_dim is not None and head_dim != self.head_dim:
+            raise _invalid("head_dim", head_dim, f"hidden_size / num_attention_heads ({self.head_dim})", "remove it")
+
+    # transformers 5 makes every configuration a dataclass, whose __eq__ would compare no field of a plain __init__.
+    def __eq__(self, other: Any) -> bool:
+        return isinstance(other, _BaseConfig) and self.to_dict() == other.to_dict()
+
+    __hash__ = None
+
+
+__all__ = ["InternLMConfig"]

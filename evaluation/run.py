@@ -1,0 +1,126 @@
+"""Measure the model card's benchmarks again.
+
+python evaluation/run.py --model FOLDER --tasks all          # the card's seventeen
+python evaluation/run.py --model FOLDER --tasks local        # two small tasks that need no download
+python evaluation/run.py --model FOLDER --tasks boolq,piqa --limit 50
+
+Stopped or killed, the same command goes on where it stopped. Needs requirements-evaluation.txt.
+"""
+
+import argparse
+import importlib.metadata
+import importlib.util
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from evaluation.card import CODE_IS_OFF, Benchmark, select  # noqa: E402
+from evaluation.results import Store, fingerprint, markdown, summarise, write_atomic  # noqa: E402
+
+
+def arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--model", required=True, help="model folder, or a repository id on the Hub")
+    add("--tasks", default="all", help="all, local, or names of the card's benchmarks or of tasks, comma-separated")
+    add("--out", type=Path, help="folder of the results (default: build/evaluation/<name of the model>[-first-LIMIT])")
+    add("--data", type=Path, help="folder with <task>/<split>.jsonl, used before the data set on the Hub")
+    add(
+        "--batch-size",
+        type=int,
+        default=8,
+        help="requests at a time (default: 8); float32 scores do not change with it",
+    )
+    add(
+        "--dtype", default="auto", choices=("auto", "bfloat16", "float16", "float32"), help="default: the checkpoint's"
+    )
+    add("--device", help="cpu, cuda, cuda:1, or auto to spread over all GPUs (default: cuda if there is one)")
+    add("--limit", type=int, help="only the first LIMIT samples of each task, for a trial run")
+    add("--allow-code-execution", action="store_true", help=f"HumanEval and MBPP, off without this: {CODE_IS_OFF}")
+    return parser.parse_args(argv)
+
+
+def model_folder(model: str) -> Path:
+    """The folder itself, or the repository's snapshot in the Hub's cache."""
+    if Path(model).is_dir():
+        return Path(model)
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(model))
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"--model {model!r} is no folder here, and the Hub gave none: {error}") from error
+
+
+def settings_of(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """What the scores depend on, beyond rounding: batch size and device may change between two starts."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    dtype = config.get("dtype") or config.get("torch_dtype") or "float32"
+    versions = {name: importlib.metadata.version(name) for name in ("lm_eval", "transformers", "torch", "datasets")}
+    return {
+        "model": Path(options.model).resolve().name,
+        "weights": fingerprint(folder),
+        "dtype": dtype if options.dtype == "auto" else options.dtype,
+        "limit": options.limit,
+        **versions,
+    }
+
+
+def measure(
+    lines: list[Benchmark], store: Store, folder: Path, options: argparse.Namespace, dtype: str
+) -> tuple[dict[str, list[str]], dict[str, str]]:
+    """Run what is not done yet. Returns, by benchmark's task: its lm-eval tasks, and what stood in its way."""
+    from evaluation import harness
+
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    manager = harness.task_manager(own_only=all((harness.TASKS / f"{line.task}.yaml").exists() for line in lines))
+    names = {line.task: harness.leaves(manager, line.task) for line in lines}
+    barred = (
+        {} if options.allow_code_execution else {line.task: f"off: {CODE_IS_OFF}" for line in lines if line.runs_code}
+    )
+    missing = {task: [name for name in tasks if not store.result(name)] for task, tasks in names.items()}
+    loaded, problems = harness.load_tasks(
+        [line for line in lines if line.task not in barred and missing[line.task]], missing, manager, options.data
+    )
+    if loaded:
+        lm = harness.load_model(folder, options.batch_size, dtype, options.device)
+        try:
+            harness.Evaluation(lm, store, options.limit, options.allow_code_execution).run(loaded, problems)
+        except KeyboardInterrupt:
+            print("\nInterrupted. The same command goes on from here.", file=sys.stderr)
+    return names, problems | barred
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns 0 when every benchmark that was asked for has a score, else 1."""
+    options = arguments(argv)
+    lines = select(options.tasks)
+    if importlib.util.find_spec("lm_eval") is None:
+        raise SystemExit("lm-eval is not installed: pip install -r requirements-evaluation.txt")
+    if options.allow_code_execution:
+        os.environ["HF_ALLOW_CODE_EVAL"] = "1"
+    folder = model_folder(options.model)
+    name = Path(options.model).resolve().name + (f"-first-{options.limit}" if options.limit else "")
+    store = Store(options.out or ROOT / "build" / "evaluation" / name)
+    settings = settings_of(folder, options)
+    store.claim(settings)
+    names, problems = measure(lines, store, folder, options, settings["dtype"])
+    rows = [summarise(line, names[line.task], store, problems.get(line.task)) for line in lines]
+    table = markdown(rows, settings)
+    write_atomic(store.folder / "table.json", json.dumps({"settings": settings, "rows": rows}, indent=2) + "\n")
+    write_atomic(store.folder / "table.md", table)
+    print(f"\n{table}\nWritten to {store.folder}: table.md, table.json, raw/")
+    return 0 if all(row["status"] == "done" for row in rows) else 1
+
+
+if __name__ == "__main__":
+    # One bar, ours: lm-eval and datasets would each draw several for every task. Ours says disable=False.
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    sys.exit(main())

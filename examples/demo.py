@@ -1,0 +1,69 @@
+"""`make demo`: let InternLM speak. Streams an English and a Chinese text, then a chat turn that stops by itself."""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer, logging, set_seed
+
+
+ROOT = Path(__file__).resolve().parents[1]
+PROMPTS = ("Coming to the beautiful nature, we found", "来到美丽的大自然，我们发现")
+QUESTION = "Who are you?"
+# The settings of the official model card.
+SETTINGS = {"max_length": 128, "do_sample": True, "top_p": 0.8, "temperature": 0.8, "repetition_penalty": 1.05}
+
+
+def tiny_model() -> str:
+    """The folder of checkpoints/tiny with the code beside it, exactly as an uploaded repository looks."""
+    sys.path.insert(0, str(ROOT))
+    from upload_to_hub import assemble
+
+    return str(assemble(weights=ROOT / "checkpoints" / "tiny", out=ROOT / "build" / "internlm-tiny").out)
+
+
+def load(name: str) -> tuple[Any, Any]:
+    """Tokenizer and model of a folder or Hub repository, in the dtype it was saved in, on the best device here."""
+    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=True)
+    model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=True, dtype="auto", device_map="auto")
+    return tokenizer, model.eval()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--model", help="a model folder or Hub repository id (default: the tiny model of this project)"
+    )
+    parser.add_argument("--prompt", help="a prompt of your own, instead of the two and the chat turn")
+    parser.add_argument("--seed", type=int, default=1, help="the same seed gives the same text (default: %(default)s)")
+    arguments = parser.parse_args()
+    logging.set_verbosity_error()
+    if not arguments.model:
+        logging.disable_progress_bar()
+
+    tokenizer, model = load(arguments.model or tiny_model())
+    tokens, seconds = 0, 0.0
+    for prompt in [arguments.prompt] if arguments.prompt else PROMPTS:
+        set_seed(arguments.seed)
+        inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+        settings = {**SETTINGS, "max_length": max(SETTINGS["max_length"], inputs["input_ids"].shape[1] + 100)}
+        start = time.perf_counter()
+        output = model.generate(**inputs, **settings, streamer=TextStreamer(tokenizer, skip_special_tokens=True))
+        seconds += time.perf_counter() - start
+        tokens += output.shape[1] - inputs["input_ids"].shape[1]
+        print()
+
+    if not arguments.prompt and tokenizer.chat_template:
+        set_seed(arguments.seed)
+        print(f"<|User|>: {QUESTION}\n<|Bot|>: ", end="")
+        model.chat(tokenizer, QUESTION, streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True))
+        print()
+    device = torch.cuda.get_device_name() if model.device.type == "cuda" else str(model.device)
+    print(f"{tokens / seconds:.1f} tokens per second on {device} ({str(model.dtype).removeprefix('torch.')})")
+
+
+if __name__ == "__main__":
+    main()

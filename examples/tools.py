@@ -1,0 +1,95 @@
+"""Let InternLM use tools: a calculator and a dictionary, in the ReAct form of its chat template.
+
+python examples/tools.py "What is 12 + 7?"
+"""
+
+import argparse
+import ast
+import operator
+
+from demo import load, tiny_model
+from transformers import logging
+
+
+OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul}
+WORDS = {"river": "a long stream of water that flows to the sea", "河流": "流向大海的水"}
+
+
+def calculator(expression: str) -> str:
+    """Calculate.
+
+    Args:
+        expression: the sum
+    """
+
+    def value(node):
+        if isinstance(node, ast.BinOp):
+            return OPERATORS[type(node.op)](value(node.left), value(node.right))
+        return {ast.Constant: lambda: node.value, ast.UnaryOp: lambda: -value(node.operand)}[type(node)]()
+
+    return str(value(ast.parse(expression, mode="eval").body))
+
+
+def dictionary(word: str) -> str:
+    """Look up a word.
+
+    Args:
+        word: the word
+    """
+    return WORDS.get(word, "a word that is not in this dictionary")
+
+
+TOOLS = {tool.__name__: tool for tool in (calculator, dictionary)}
+
+
+def call_tool(name: str, arguments: dict) -> str:
+    """The tool's result, or what went wrong, for the model to read."""
+    try:
+        return TOOLS[name](**arguments)
+    except (KeyError, TypeError, SyntaxError) as error:
+        return f"Error: {error!r}"
+
+
+def run(model, tokenizer, question: str, rounds: int = 4) -> list[dict]:
+    """Ask, answer the model's tool calls, and return the whole conversation, the final answer last."""
+    messages = [{"role": "user", "content": question}]
+    stops = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<eoa>")]
+    for _ in range(rounds):
+        inputs = tokenizer.apply_chat_template(
+            messages, tools=list(TOOLS.values()), add_generation_prompt=True, return_tensors="pt", return_dict=True
+        ).to(model.device)
+        output = model.generate(**inputs, max_new_tokens=200, do_sample=False, eos_token_id=stops)
+        reply = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        messages.append(tokenizer.parse_tool_calls(reply))
+        if "tool_calls" not in messages[-1]:
+            break
+        for call in messages[-1]["tool_calls"]:
+            result = call_tool(call["function"]["name"], call["function"]["arguments"])
+            messages.append({"role": "tool", "content": result})
+    return messages
+
+
+def final_answer(reply: str) -> str:
+    """What stands behind `Final Answer:`, or the whole reply."""
+    return reply.rpartition("Final Answer:")[2].strip()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("question", nargs="?", default="What is 12 + 7?")
+    parser.add_argument(
+        "--model", help="a model folder or Hub repository id (default: the tiny model of this project)"
+    )
+    arguments = parser.parse_args()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    tokenizer, model = load(arguments.model or tiny_model())
+    messages = run(model, tokenizer, arguments.question)
+    for message in messages:
+        calls = [call["function"] for call in message.get("tool_calls", [])]
+        print(f"{message['role']}: {message['content']}", *(f"  -> {call}" for call in calls), sep="\n")
+    print(f"\n{final_answer(messages[-1]['content'])}")
+
+
+if __name__ == "__main__":
+    main()

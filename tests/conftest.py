@@ -1,0 +1,67 @@
+"""Fixtures that the tests share. `tiny_dir` is a model folder exactly as it would lie on the Hub."""
+
+import importlib
+import os
+import sys
+import types
+from pathlib import Path
+
+
+ROOT = Path(__file__).resolve().parents[1]
+GOLDEN = ROOT / "tests" / "golden"
+TINY = ROOT / "checkpoints" / "tiny"
+
+# No test may reach the network: what loads, loads from a folder or from the loopback Hub that the test itself runs.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+# The three root modules import each other relatively, as on the Hub, so here they are a package of their own.
+_package = types.ModuleType("internlm")
+_package.__path__ = [str(ROOT)]
+sys.modules.setdefault("internlm", _package)
+sys.path.insert(0, str(ROOT))
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Import tests/ecosystem only with `-m ecosystem`: other environments lack its packages, that one must not."""
+    return True if collection_path.name == "ecosystem" and config.getoption("markexpr") != "ecosystem" else None
+
+
+@pytest.fixture(scope="session")
+def modeling() -> types.ModuleType:
+    """modeling_internlm.py, imported without going through a model folder."""
+    return importlib.import_module("internlm.modeling_internlm")
+
+
+@pytest.fixture(scope="session")
+def configuration() -> types.ModuleType:
+    """configuration_internlm.py, imported without going through a model folder."""
+    return importlib.import_module("internlm.configuration_internlm")
+
+
+@pytest.fixture(scope="session")
+def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """checkpoints/tiny assembled into a complete model folder. Read it only; tests that write make their own copy."""
+    from upload_to_hub import assemble
+
+    out = tmp_path_factory.mktemp("hub") / "internlm-tiny"
+    assemble(weights=TINY, out=out)
+    return out
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer(tiny_dir: Path):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(tiny_dir, trust_remote_code=True)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny_dir: Path):
+    """The tiny model in float32, in evaluation mode. Tests do not change it."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(tiny_dir, trust_remote_code=True, dtype=torch.float32).eval()

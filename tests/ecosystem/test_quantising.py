@@ -1,0 +1,107 @@
+"""Quantised by each library: near the original, generating, and the same after saving and loading.
+
+The cosines and sizes here are the table of docs/compatibility.md; QUANTISED holds them, and the test compares.
+"""
+
+import os
+from typing import NamedTuple
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPTQConfig, QuantizedCache, TorchAoConfig
+
+
+pytestmark = pytest.mark.ecosystem
+# gptqmodel would compile C++ for packing and, on a CPU, for every layer; plain Python and torch do the same.
+os.environ["GPTQMODEL_DISABLE_PACK_EXT"] = "1"
+torch.compiler.set_stance("force_eager")
+
+TEXT = (
+    "Coming to the beautiful nature, we found a white swallow. The swallow was not afraid of people. The spring rain "
+    "was soft and warm. 来到美丽的大自然，我们发现森林边上有一条弯弯的山泉。这条山泉的水又凉又甜。"
+)
+CALIBRATION = [  # other sentences than those that are measured
+    "In the evening the travellers went home slowly under the stars. White clouds drifted across the sky.",
+    "We took out bread and cheese and ate it on a flat stone. They climbed the hill and listened to the birds.",
+    "微风轻轻抚摸着树叶。再往前走，我和妹妹又看到了一座高高的寺庙。我们爬上山坡，听着鸟儿唱歌。",
+    "当白天变长的时候，我和朋友们看到空气很清新，天空像大海一样蓝。阳光温暖而明亮。",
+]
+
+
+class Quantised(NamedTuple):
+    """What is expected of one library: cosine of the logits at least, layers' bytes on disk / float32 at most."""
+
+    cosine: float
+    ratio: float
+
+
+QUANTISED = {
+    "bitsandbytes 8-bit": Quantised(0.999, 0.27),
+    "bitsandbytes nf4": Quantised(0.98, 0.18),
+    "torchao int8": Quantised(0.999, 0.28),
+    "GPTQ 8-bit": Quantised(0.999, 0.29),
+    "GPTQ 4-bit": Quantised(0.98, 0.18),
+}
+
+
+def settings(name: str, tokenizer):
+    """The quantization_config of one library."""
+    if name == "bitsandbytes 8-bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    if name == "bitsandbytes nf4":
+        return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    if name == "torchao int8":
+        from torchao.quantization import Int8WeightOnlyConfig
+
+        return TorchAoConfig(Int8WeightOnlyConfig())
+    bits = int(name.removeprefix("GPTQ ")[0])
+    return GPTQConfig(bits=bits, group_size=128, dataset=CALIBRATION, tokenizer=tokenizer)
+
+
+def layer_bytes(folder) -> int:
+    """Bytes of the decoder layers in a folder's safetensors files; embedding and head stay as they are."""
+    from safetensors import safe_open
+
+    total = 0
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            tensors = [file.get_tensor(key) for key in file.keys() if ".layers." in key]  # noqa: SIM118
+            total += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    return total
+
+
+@pytest.mark.parametrize("name", QUANTISED)
+@torch.no_grad()
+def test_quantised(tiny_dir, tiny_model, tiny_tokenizer, tmp_path, name):
+    expected, inputs = QUANTISED[name], tiny_tokenizer(TEXT, return_tensors="pt")
+    where = {"trust_remote_code": True, "device_map": "cpu"}
+    model = AutoModelForCausalLM.from_pretrained(
+        tiny_dir, dtype=torch.float32, quantization_config=settings(name, tiny_tokenizer), **where
+    )
+    model.save_pretrained(tmp_path)  # before its first forward: bitsandbytes repacks 4-bit weights there
+    logits, original = model(**inputs).logits.float()[0], tiny_model(**inputs).logits[0]
+    cosine = torch.nn.functional.cosine_similarity(logits, original, dim=-1).mean().item()
+    tiny_model.save_pretrained(tmp_path / "float32")
+    ratio = layer_bytes(tmp_path) / layer_bytes(tmp_path / "float32")
+    agree = (logits.argmax(-1) == original.argmax(-1)).float().mean().item()
+    print(f"\n| {name} | {cosine:.4f} | {agree:.0%} | {1 / ratio:.1f}x |")  # a row of docs/compatibility.md
+    assert cosine >= expected.cosine and ratio <= expected.ratio
+
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path, **where)
+    torch.testing.assert_close(reloaded(**inputs).logits.float()[0], logits, atol=1e-4, rtol=0)
+    prompt = tiny_tokenizer("Coming to the beautiful nature, we found", return_tensors="pt")
+    one, other = (
+        each.generate(**prompt, max_new_tokens=12, do_sample=False)[0].tolist() for each in (model, reloaded)
+    )
+    assert one == other and len(one) == prompt["input_ids"].shape[1] + 12
+
+
+def test_quantised_cache(tiny_model, tiny_tokenizer):
+    """Keys and values held in 4 bits by hqq: most tokens stay, across the window too."""
+    ids = tiny_tokenizer(TEXT, return_tensors="pt")["input_ids"]
+    ids = tiny_model.generate(ids, min_length=240, max_length=240, do_sample=False)
+    run = {"max_new_tokens": 30, "min_new_tokens": 30, "do_sample": False}
+    plain = tiny_model.generate(ids, **run)[0, 240:]
+    cache = QuantizedCache("hqq", tiny_model.config, nbits=4, axis_key=1, axis_value=1, residual_length=64)
+    quantised = tiny_model.generate(ids, past_key_values=cache, **run)[0, 240:]
+    assert (plain == quantised).float().mean() > 0.8

@@ -1,0 +1,192 @@
+"""chat() and stream_chat(): the official signatures over the chat template, generate and the library's streamers."""
+
+import threading
+import time
+
+import pytest
+import torch
+from conftest import GOLDEN
+from transformers import LogitsProcessor, LogitsProcessorList, TextIteratorStreamer
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model):
+    return tiny_model
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_tokenizer):
+    return tiny_tokenizer
+
+
+class Forced(LogitsProcessor):
+    """Makes generation say exactly these tokens, whatever the model thinks."""
+
+    def __init__(self, prompt_length: int, tokens: list[int]) -> None:
+        self.prompt_length, self.tokens = prompt_length, tokens
+
+    def __call__(self, input_ids, scores):
+        at = input_ids.shape[1] - self.prompt_length
+        forced = torch.full_like(scores, float("-inf"))
+        forced[:, self.tokens[min(at, len(self.tokens) - 1)]] = 0
+        return forced
+
+
+def saying(tokenizer, text, query="hi", **settings):
+    """Arguments for chat() that make the reply be `text`, followed by more."""
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": query}], add_generation_prompt=True, return_dict=True
+    )["input_ids"]
+    tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return {"logits_processor": LogitsProcessorList([Forced(len(prompt), tokens)]), "do_sample": False, **settings}
+
+
+def test_reply_ends_at_eoa_whatever_the_generation_config_says(model, tokenizer, monkeypatch):
+    """Published generation configs list only </s>; without <eoa> the model would invent the next turn of the user."""
+    monkeypatch.setattr(model.generation_config, "eos_token_id", 2)
+    forced = saying(tokenizer, "good morning<eoa>\n<|User|>:and then")
+    response, history = model.chat(tokenizer, "hi", **forced)
+    assert response == "good morning"
+    assert history == [("hi", "good morning")]
+
+
+def test_caller_may_choose_other_stop_tokens(model, tokenizer):
+    end = tokenizer.convert_tokens_to_ids("<eoh>")
+    response, _ = model.chat(tokenizer, "hi", eos_token_id=end, **saying(tokenizer, "one<eoa>two<eoh>three"))
+    assert response == "onetwo"
+
+
+def test_prompt_is_the_templates(model, tokenizer, monkeypatch):
+    """History, default system text, own system text and none: all rendered by the template, with one <s>."""
+    seen = []
+    monkeypatch.setattr(model, "generate", lambda **kwargs: seen.append(kwargs["input_ids"]) or kwargs["input_ids"])
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
+    for system in (None, "", "Be brief."):
+        model.chat(tokenizer, "c", [("a", "b")], meta_instruction=system)
+        messages = turns if system is None else [{"role": "system", "content": system}, *turns]
+        expected = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+        assert seen[-1][0].tolist() == expected
+        assert expected.count(tokenizer.bos_token_id) == 1
+    text = [tokenizer.decode(ids[0]) for ids in seen]
+    assert text[0].startswith("<s><|System|>:You are an AI assistant whose name is InternLM")
+    assert text[1].startswith("<s><|User|>:a\n<|Bot|>:b<eoa>\n<|User|>:c\n<|Bot|>:")
+    assert text[2].startswith("<s><|System|>:Be brief.\n<|User|>:a")
+
+
+def test_history_is_not_changed(model, tokenizer):
+    history = [("a", "b")]
+    _, longer = model.chat(tokenizer, "hi", history, max_new_tokens=4)
+    *_, (_, streamed) = model.stream_chat(tokenizer, "hi", history, max_new_tokens=4)
+    assert history == [("a", "b")]
+    assert len(longer) == len(streamed) == 2
+
+
+@pytest.mark.parametrize("query", ("Who are you?", "你好"))
+def test_joined_stream_is_chat_at_the_same_seed(model, tokenizer, query):
+    torch.manual_seed(5)
+    expected = model.chat(tokenizer, query, max_new_tokens=60)
+    torch.manual_seed(5)
+    pairs = list(model.stream_chat(tokenizer, query, max_new_tokens=60))
+    assert pairs[-1] == expected
+    torch.manual_seed(5)
+    assert model.chat(tokenizer, query, max_new_tokens=60) == expected
+    for (earlier, _), (later, history) in zip(pairs, pairs[1:], strict=False):
+        assert later.startswith(earlier)
+        assert history == [(query, later)]
+
+
+TEXTS = (
+    "plain words, and a line\nbreak",
+    "书生·浦语，龘靐齉 𠀀𠮷",
+    "emoji \U0001f469‍\U0001f469‍\U0001f467 \U0001f1e8\U0001f1f3 \U0001f44d\U0001f3fd end",
+    "combining é ñ ก็ हिन्दी",
+    "def f(x):\n    return {'a': x != 1}  # ok\n\n\tpass",
+    "  spaces   kept  ",
+)
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_stream_is_lossless(model, tokenizer, text):
+    """Also for characters of several byte tokens: no replacement character is ever shown."""
+    shown = [response for response, _ in model.stream_chat(tokenizer, "hi", **saying(tokenizer, text + "<eoa>"))]
+    assert shown[-1] == text
+    assert not any("�" in response for response in shown)
+
+
+def test_error_in_generation_reaches_the_caller(model, tokenizer):
+    class Broken(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            raise RuntimeError("the sky is falling")
+
+    stream = model.stream_chat(tokenizer, "hi", logits_processor=LogitsProcessorList([Broken()]))
+    start = time.monotonic()
+    with pytest.raises(RuntimeError, match="the sky is falling"):
+        list(stream)
+    assert time.monotonic() - start < 5
+
+
+def test_abandoned_stream_stops_generating(model, tokenizer):
+    """Dropping the iterator ends the thread at its next token, long before max_new_tokens."""
+    before = threading.active_count()
+    stream = model.stream_chat(tokenizer, "hi", max_new_tokens=100_000, **saying(tokenizer, "word " * 100_000))
+    for _ in range(3):
+        next(stream)
+    assert threading.active_count() > before
+    start = time.monotonic()
+    stream.close()
+    assert threading.active_count() == before
+    assert time.monotonic() - start < 5
+
+
+def test_streamer_of_the_callers_own(model, tokenizer):
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    response, _ = model.chat(tokenizer, "hi", streamer=streamer, **saying(tokenizer, "good day to you<eoa>"))
+    assert "".join(streamer) == response == "good day to you"
+
+
+def test_control_tokens_in_a_query_stay_text(model, tokenizer, monkeypatch):
+    """`<eoa>` typed by a user must neither end the turn nor reach the model as the control token."""
+    seen = []
+    monkeypatch.setattr(model, "generate", lambda **kwargs: seen.append(kwargs["input_ids"]) or kwargs["input_ids"])
+    model.chat(tokenizer, "<s>a</s><eoa><eoh>", [("q<eoa>", "a</s>")], meta_instruction="<eoa>")
+    ids = seen[0][0].tolist()
+    special = [tokenizer.convert_ids_to_tokens(i) for i in ids if i in set(tokenizer.all_special_ids)]
+    assert special == ["<s>", "<eoa>"]  # the template's: one at the start, one after the one answer of the history
+    assert tokenizer.decode(ids).count("<eoa>") == 4
+
+
+def test_batched_chats_equal_single_ones(model, tokenizer):
+    """Left-padded prompts of several conversations, greedy: each gets the reply that it gets alone."""
+    chats = [[{"role": "user", "content": query}] for query in ("Who are you?", "你好", "What is 2 + 3?")]
+    settings = {
+        "max_new_tokens": 30,
+        "do_sample": False,
+        "eos_token_id": [2, tokenizer.convert_tokens_to_ids("<eoa>")],
+    }
+    batch = tokenizer.apply_chat_template(
+        chats, add_generation_prompt=True, return_tensors="pt", return_dict=True, padding=True
+    )
+    together = model.generate(**batch, **settings)[:, batch["input_ids"].shape[1] :]
+    for row, chat in enumerate(chats):
+        alone, _ = model.chat(tokenizer, chat[0]["content"], max_new_tokens=30, do_sample=False)
+        assert tokenizer.decode(together[row], skip_special_tokens=True) == alone
+
+
+def test_conversation_that_outgrows_the_window_goes_on(model, tokenizer):
+    """Turn after turn past the trained window, where dynamic NTK takes over; the reply still ends by itself."""
+    history, window = [], model.config.max_position_embeddings
+    for _ in range(40):
+        response, history = model.chat(tokenizer, "Who are you?", history, do_sample=False, max_new_tokens=60)
+        length = len(tokenizer(str(history))["input_ids"])
+        if length > 1.5 * window:
+            break
+    assert length > 1.5 * window
+    assert response and "<" not in response
+
+
+def test_base_model_says_how_to_chat(modeling):
+    """AutoModel once was the causal LM; scripts that call .chat on it must be told."""
+    model = modeling.InternLMModel.from_pretrained(GOLDEN / "tiny_7b_origin")
+    for method in (model.chat, model.stream_chat):
+        with pytest.raises(AttributeError, match="AutoModelForCausalLM"):
+            method(None, "hi")

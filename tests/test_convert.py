@@ -1,0 +1,767 @@
+"""tools/convert_checkpoint.py: exact, resumable, and careful with broken sources, full disks and interruptions."""
+
+import hashlib
+import json
+import multiprocessing
+import os
+import pickle
+import random
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoint_factory import (
+    GOLDEN,
+    ROOT,
+    SEVEN,
+    TWENTY,
+    golden_state,
+    official_config,
+    pickled_checkpoint,
+    training_checkpoint,
+    write_json,
+)
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from tools.convert_checkpoint import ConversionError, main, pickles_to_safetensors
+
+
+SOURCES = pytest.mark.parametrize("source", [SEVEN, TWENTY], ids=lambda path: path.name)
+INDEX = "pytorch_model.bin.index.json"
+SECOND = "pytorch_model-00002-of-00003.bin"
+# Forked children start with everything imported: a killed conversion costs milliseconds.
+FORK = multiprocessing.get_context("fork")
+
+
+def tree(folder: Path) -> dict[str, str]:
+    """Name -> digest of every file of a folder."""
+    files = sorted(folder.iterdir()) if folder.exists() else []
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    tensors = {}
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as shard:
+            assert shard.metadata() == {"format": "pt"}
+        tensors |= load_file(path)
+    return tensors
+
+
+def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert found[name].dtype == value.dtype and torch.equal(found[name], value), name
+
+
+def old_checkpoint(folder: Path, source: Path = SEVEN, dtype: torch.dtype = torch.bfloat16) -> Path:
+    return pickled_checkpoint(folder, golden_state(source, dtype), official_config(source), inv_freq=True)
+
+
+def run(*arguments: object) -> int:
+    return main([*map(str, arguments), "--quiet"])
+
+
+# safetensors
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@SOURCES
+def test_pickles_become_the_same_tensors(source, dtype, tmp_path, capsys):
+    """Every value and dtype, without the stored frequencies; the logits of both are compared by the tool itself."""
+    old = old_checkpoint(tmp_path / "old", source, dtype)
+    before = tree(old)
+    assert run("safetensors", old, tmp_path / "new", "--max-shard-size", "100KB") == 0
+    assert_equal(read_tensors(tmp_path / "new"), golden_state(source, dtype))
+    assert "equal the source's (largest difference 0)" in capsys.readouterr().out
+    assert tree(old) == before
+
+
+def test_the_shards_and_their_index(tmp_path):
+    limit = 100_000
+    files = pickles_to_safetensors(old_checkpoint(tmp_path / "old"), tmp_path / "new", limit, progress=False)
+    index = json.loads((tmp_path / "new" / "model.safetensors.index.json").read_text())
+    sizes = {}
+    for path in files:
+        held = load_file(path)
+        assert {index["weight_map"][name] for name in held} == {path.name}
+        sizes[path.name] = sum(value.nbytes for value in held.values())
+    assert list(sizes) == [f"model-{n:05}-of-{len(sizes):05}.safetensors" for n in range(1, len(sizes) + 1)]
+    assert all(size <= limit for size in sizes.values()) and len(sizes) > 5
+    assert index["metadata"]["total_size"] == sum(sizes.values())
+    assert set(tree(tmp_path / "new")) == {*sizes, "model.safetensors.index.json"}
+
+
+def test_one_file_needs_no_index(tmp_path):
+    assert pickles_to_safetensors(old_checkpoint(tmp_path / "old"), tmp_path / "new", progress=False) == [
+        tmp_path / "new" / "model.safetensors"
+    ]
+    assert set(tree(tmp_path / "new")) == {"model.safetensors"}
+
+
+def test_tensors_of_several_widths_are_aligned(tmp_path):
+    """An odd number of half-precision values must not leave a float32 tensor at an odd address."""
+    state = {"a": torch.ones(3, dtype=torch.float16), "b": torch.ones(5), "c": torch.ones((), dtype=torch.bfloat16)}
+    (tmp_path / "old").mkdir()
+    torch.save(state, tmp_path / "old" / "pytorch_model.bin")
+    pickles_to_safetensors(tmp_path / "old", tmp_path / "new", progress=False)
+    assert_equal(read_tensors(tmp_path / "new"), state)
+    content = (tmp_path / "new" / "model.safetensors").read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    entries = json.loads(content[8 : 8 + length])
+    assert (8 + length) % 8 == 0 and entries["b"]["data_offsets"] == [0, 20]
+
+
+def test_the_format_before_pytorch_1_6(tmp_path):
+    """Such files cannot be mapped; they are read whole."""
+    (tmp_path / "old").mkdir()
+    state = golden_state(SEVEN)
+    torch.save(state, tmp_path / "old" / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    pickles_to_safetensors(tmp_path / "old", tmp_path / "new", progress=False)
+    assert_equal(read_tensors(tmp_path / "new"), state)
+
+
+def test_in_place_and_again(tmp_path):
+    """Target and source may be one folder; a second run changes nothing."""
+    old = old_checkpoint(tmp_path / "old")
+    assert run("safetensors", old, old) == 0
+    before = tree(old)
+    assert run("safetensors", old, old) == 0
+    assert tree(old) == before and "model.safetensors" in before
+
+
+@pytest.mark.parametrize("command", ["safetensors", "llama", "training"])
+def test_dry_run_writes_nothing(command, tmp_path, capsys):
+    if command == "training":
+        source, options = training_checkpoint(tmp_path / "old", golden_state(SEVEN), 4, ranks=2), ["--window", 64]
+    else:
+        source, options = old_checkpoint(tmp_path / "old"), ["--no-tokenizer"] if command == "llama" else []
+    before = tree(source)
+    assert run(command, source, tmp_path / "new", "--dry-run", *options) == 0
+    assert "model.safetensors  55 tensors" in capsys.readouterr().out
+    assert not (tmp_path / "new").exists() and tree(source) == before
+
+
+def test_it_runs_as_a_script():
+    command = [sys.executable, str(ROOT / "tools" / "convert_checkpoint.py"), "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=ROOT.parent)
+    assert done.returncode == 0 and "safetensors SOURCE TARGET" in done.stdout
+
+
+# broken sources
+
+
+class _Code:
+    """Pickles as a call that leaves a file behind."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self):
+        return open, (str(self.marker), "w")
+
+
+def edit_index(folder: Path, change: Callable[[dict], None], file: str = INDEX) -> None:
+    index = json.loads((folder / file).read_text())
+    change(index["weight_map"])
+    write_json(folder / file, index)
+
+
+def edit_shard(folder: Path, change: Callable[[dict], None]) -> None:
+    state = torch.load(folder / SECOND)
+    change(state)
+    torch.save(state, folder / SECOND)
+
+
+def edit_config(folder: Path, **changes: object) -> None:
+    write_json(folder / "config.json", json.loads((folder / "config.json").read_text()) | changes)
+
+
+def keep(folder: Path, file: str, part: Callable[[bytes], bytes]) -> None:
+    (folder / file).write_bytes(part((folder / file).read_bytes()))
+
+
+NORM = "model.layers.2.input_layernorm.weight"  # in the second shard
+BREAKS = {
+    "truncated at the end": (lambda d: keep(d, SECOND, lambda b: b[:-1]), "truncated"),
+    "truncated in the middle": (lambda d: keep(d, SECOND, lambda b: b[: len(b) // 2]), "truncated"),
+    "empty": (lambda d: keep(d, SECOND, lambda b: b""), "truncated"),
+    "random bytes": (lambda d: keep(d, SECOND, lambda b: random.Random(1).randbytes(5000)), "not a weight file"),
+    "LFS pointer": (lambda d: (d / SECOND).write_text("version https://git-lfs.github.com/spec/v1\n"), "git lfs pull"),
+    "missing shard": (lambda d: (d / SECOND).unlink(), f"{SECOND} is missing"),
+    "no weights": (lambda d: (d / INDEX).unlink(), "holds no weights"),
+    "index is not JSON": (lambda d: (d / INDEX).write_text("{"), "not JSON"),
+    "index without map": (lambda d: write_json(d / INDEX, {}), "no weight_map"),
+    "name outside the index": (lambda d: edit_index(d, lambda m: m.pop(NORM)), "index does not name"),
+    "name only in the index": (lambda d: edit_index(d, lambda m: m.update({"ghost": SECOND})), "lacks ghost"),
+    "index leads up": (lambda d: edit_index(d, lambda m: m.update({NORM: "../x.bin"})), "outside its folder"),
+    "index leads away": (lambda d: edit_index(d, lambda m: m.update({NORM: "/etc/passwd"})), "outside its folder"),
+    "index leads to Windows": (lambda d: edit_index(d, lambda m: m.update({NORM: "..\\x.bin"})), "outside its folder"),
+    "index names a number": (lambda d: edit_index(d, lambda m: m.update({NORM: 7})), "outside its folder"),
+    "not a state": (lambda d: torch.save([1, 2], d / SECOND), "dictionary of tensors"),
+    "a state in a state": (lambda d: torch.save({"state_dict": {}}, d / SECOND), "dictionary of tensors"),
+    "integers": (lambda d: edit_shard(d, lambda s: s.update({NORM: s[NORM].int()})), "float32, float16 or bfloat16"),
+    "NaN": (lambda d: edit_shard(d, lambda s: s[NORM].fill_(float("nan"))), f"{NORM} holds NaN"),
+    "infinity": (lambda d: edit_shard(d, lambda s: s[NORM].view(-1)[3:4].fill_(float("-inf"))), "infinite"),
+    "wrong shape": (lambda d: edit_shard(d, lambda s: s.update({NORM: torch.ones(63)})), r"shape \(63,\).*\(64,\)"),
+    "fewer layers in config": (lambda d: edit_config(d, num_hidden_layers=3), "config.json does not know"),
+    "more layers in config": (lambda d: edit_config(d, num_hidden_layers=5), "which config.json asks for"),
+    "biases against config": (lambda d: edit_config(d, bias=False), 'set "bias": true'),
+    "sizes are words": (lambda d: edit_config(d, hidden_size="wide"), "positive integers"),
+    "config is not JSON": (lambda d: (d / "config.json").write_text("no"), "config.json is not JSON"),
+}
+
+
+@pytest.mark.parametrize("name", BREAKS)
+def test_a_broken_source_is_one_clear_error(name, tmp_path, capsys):
+    """Exit status 1, one line, no half-written file, and the source as it was."""
+    break_it, message = BREAKS[name]
+    old = old_checkpoint(tmp_path / "old")
+    break_it(old)
+    before = tree(old)
+    assert run("safetensors", old, tmp_path / "new", "--max-shard-size", "300KB") == 1
+    said = capsys.readouterr()
+    assert said.err.startswith("convert_checkpoint.py: ") and said.err.count("\n") == 1
+    assert re.search(message, said.err), said.err
+    assert tree(old) == before
+    # What is complete may be there; the index, without which nothing loads, and torn files may not.
+    assert all(file.startswith("model-") and file.endswith(".safetensors") for file in tree(tmp_path / "new"))
+
+
+def test_biases_missing_against_config(tmp_path):
+    old = pickled_checkpoint(tmp_path / "old", golden_state(TWENTY), official_config(TWENTY, bias=True))
+    with pytest.raises(ConversionError, match='no attention biases.*set "bias": false'):
+        pickles_to_safetensors(old, tmp_path / "new", progress=False)
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "bare pickle"])
+def test_code_in_a_pickle_never_runs(zipped, tmp_path):
+    old, marker = old_checkpoint(tmp_path / "old"), tmp_path / "it-ran"
+    if zipped:
+        edit_shard(old, lambda state: state.update({NORM: _Code(marker)}))
+    else:
+        (old / SECOND).write_bytes(pickle.dumps({NORM: _Code(marker)}, protocol=2))
+    with pytest.raises(ConversionError, match="asks for code to be run"):
+        pickles_to_safetensors(old, tmp_path / "new", progress=False)
+    assert not marker.exists() and not tree(tmp_path / "new")
+
+
+def test_a_flipped_bit_anywhere_is_survived(tmp_path):
+    """500 damaged shards: each is read or refused with the one exception type."""
+    old, rng = old_checkpoint(tmp_path / "old"), random.Random(2)
+    whole, outcomes = (old / SECOND).read_bytes(), {True: 0, False: 0}
+    for _ in range(500):
+        damaged = bytearray(whole)
+        for _ in range(rng.randrange(1, 30)):
+            # Half of the hits go into the pickle at the start, which is a hundredth of the file.
+            damaged[rng.randrange(len(damaged) if rng.random() < 0.5 else 4000)] = rng.randrange(256)
+        (old / SECOND).write_bytes(damaged)
+        try:
+            pickles_to_safetensors(old, tmp_path / "new" / str(sum(outcomes.values())), progress=False)
+            outcomes[True] += 1
+        except ConversionError:
+            outcomes[False] += 1
+    assert outcomes[False] > 250
+
+
+def test_nothing_is_overwritten(tmp_path):
+    """A file of the same name with other content, and shards of another conversion, stop it."""
+    old, new = old_checkpoint(tmp_path / "old"), tmp_path / "new"
+    new.mkdir()
+    (new / "model.safetensors").write_bytes(b"somebody's weights")
+    with pytest.raises(ConversionError, match="exists already"):
+        pickles_to_safetensors(old, new, progress=False)
+    assert (new / "model.safetensors").read_bytes() == b"somebody's weights"
+    pickles_to_safetensors(old, tmp_path / "whole", progress=False)
+    content = bytearray((tmp_path / "whole" / "model.safetensors").read_bytes())
+    content[-100] ^= 1  # of the right length, but one bit is wrong
+    (tmp_path / "whole" / "model.safetensors").write_bytes(content)
+    with pytest.raises(ConversionError, match="exists already"):
+        pickles_to_safetensors(old, tmp_path / "whole", progress=False)
+    with pytest.raises(ConversionError, match="of another conversion"):
+        pickles_to_safetensors(old, new, 100_000, progress=False)
+    assert set(tree(new)) == {"model.safetensors"}
+
+
+# full disks and interruptions
+
+
+def big_checkpoint(folder: Path, megabytes: int = 24) -> Path:
+    """Large enough that a conversion can be stopped in the middle of a file."""
+    rng = torch.Generator().manual_seed(3)
+    state = {f"tensor.{n}": torch.randn(1 << 18, generator=rng) for n in range(megabytes)}
+    pickled_checkpoint(folder, state, official_config(SEVEN))
+    (folder / "config.json").unlink()  # the tensors are no model's; only files are looked at here
+    return folder
+
+
+def in_child(work: Callable[[], object]) -> multiprocessing.Process:
+    child = FORK.Process(target=lambda: sys.exit(work()))
+    child.start()
+    return child
+
+
+def test_a_full_disk_is_one_clear_error(tmp_path):
+    """The kernel refuses to write on in the middle of a file; with room again, the same call completes the work."""
+    big = big_checkpoint(tmp_path / "big")
+    pickles_to_safetensors(big, tmp_path / "whole", 6_500_000, progress=False)
+
+    def limited() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (5_500_000, 5_500_000))
+        with pytest.raises(ConversionError, match="cannot be written.*File too large.*make room"):
+            pickles_to_safetensors(big, tmp_path / "new", 6_500_000, progress=False)
+
+    child = in_child(limited)
+    child.join()
+    assert child.exitcode == 0
+    assert not tree(tmp_path / "new")
+    pickles_to_safetensors(big, tmp_path / "new", 6_500_000, progress=False)
+    assert tree(tmp_path / "new") == tree(tmp_path / "whole")
+
+
+def test_too_small_a_disk_is_refused_before_writing(tmp_path, monkeypatch):
+    """The free space is asked for first: 40 GB are not written for an hour only to fail."""
+    old = old_checkpoint(tmp_path / "old")
+    usage = type("usage", (), {"free": 1000})
+    monkeypatch.setattr("tools.convert_files.shutil.disk_usage", lambda path: usage)
+    with pytest.raises(ConversionError, match="0.00 GB free"):
+        pickles_to_safetensors(old, tmp_path / "new", progress=False)
+    assert not tree(tmp_path / "new")
+
+
+def wait_for(condition: Callable[[], bool], child: multiprocessing.Process) -> None:
+    while not condition() and child.is_alive():
+        time.sleep(0.0005)
+
+
+def test_ctrl_c_leaves_no_partial_file(tmp_path, capfd):
+    big, new = big_checkpoint(tmp_path / "big"), tmp_path / "new"
+    pickles_to_safetensors(big, tmp_path / "whole", 4_000_000, progress=False)
+
+    def work() -> int:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        return run("safetensors", big, new, "--max-shard-size", "4MB")
+
+    child = in_child(work)
+    wait_for(lambda: any(new.glob("*.partial")), child)
+    os.kill(child.pid, signal.SIGINT)
+    child.join()
+    assert child.exitcode == 130 and "same command again" in capfd.readouterr().err
+    assert not list(new.glob("*.partial")) and not (new / "model.safetensors.index.json").exists()
+    assert run("safetensors", big, new, "--max-shard-size", "4MB") == 0
+    assert tree(new) == tree(tmp_path / "whole")
+
+
+def time_of_writing(work: Callable[[], object], target: Path) -> float:
+    """Seconds from the moment that a child's target appears to the child's end."""
+    child = in_child(work)
+    wait_for(target.exists, child)
+    start = time.perf_counter()
+    child.join()
+    assert child.exitcode == 0
+    return time.perf_counter() - start
+
+
+def big_training(folder: Path) -> Path:
+    """Two ranks of a model of 24 MB in a training run's files."""
+    rng, width = torch.Generator().manual_seed(4), 512
+    shapes = {"norm.weight": (width,), "head.weight": (1024, width), "embedding.weight": (2048, width // 2)}
+    for layer in range(3):
+        block = f"blocks.{layer}."
+        shapes |= {f"{block}norm{n}.weight": (width,) for n in (1, 2)}
+        shapes |= {
+            f"{block}mixer.Wqkv.weight": (3 * width // 2, width),
+            f"{block}mixer.out_proj.weight": (width, width // 2),
+        }
+        shapes |= {f"{block}mlp.w{n}.weight": (512, width) if n < 3 else (width, 512) for n in (1, 2, 3)}
+    folder.mkdir()
+    for rank in range(2):
+        state = {f"model.{name}": torch.randn(shape, generator=rng) for name, shape in shapes.items()}
+        torch.save(state, folder / f"model_tp{rank}_pp0.pt")
+    torch.save({"num_attention_heads": 4, "num_layers": 3, "hidden_size": width}, folder / "model_config.pt")
+    return folder
+
+
+@pytest.mark.parametrize("command", ["safetensors", "training", "llama"])
+def test_kill_9_at_any_moment(command, tmp_path):
+    """Killed 12 times at seeded moments, 3 times on the way to each copy, then run to its end: byte for byte what an
+    undisturbed run writes. At every moment, a file that has its final name is complete."""
+    options = ["--max-shard-size", "4MB", "--no-logits"]
+    if command == "training":
+        source, options = big_training(tmp_path / "source"), [*options, "--window", 64]
+    else:
+        source = big_checkpoint(tmp_path / "source")
+    if command == "llama":  # copied, not linked, so that there is something to interrupt
+        training = big_training(tmp_path / "run")
+        source = tmp_path / "hub"
+        assert run("training", training, source, *options, "--window", 64) == 0
+        options = ["--no-logits", "--no-tokenizer", "--copy"]
+    assert run(command, source, tmp_path / "whole", *options) == 0
+    before, whole, rng, killed, torn = tree(source), tree(tmp_path / "whole"), random.Random(5), 0, 0
+    duration = time_of_writing(lambda: run(command, source, tmp_path / "timed", *options), tmp_path / "timed")
+    for target in (tmp_path / f"new{n}" for n in range(20)):
+        for _ in range(3):
+            child = in_child(lambda target=target: run(command, source, target, *options))
+            wait_for(target.exists, child)
+            child.join(rng.uniform(0, duration))
+            killed += child.is_alive()
+            child.kill()
+            child.join()
+            found = tree(target)
+            named = {file: digest for file, digest in found.items() if not file.endswith(".partial")}
+            torn += len(named) < len(found)
+            assert named.items() <= whole.items()
+        assert run(command, source, target, *options) == 0
+        assert tree(target) == whole
+        if killed >= 12 and torn >= 3:
+            break
+    assert killed >= 12 and torn >= 3 and tree(source) == before
+
+
+def test_peak_memory_is_about_one_shard(tmp_path):
+    """120 MB in six pickles of 20 MB, written as 30 MB shards: far less than the checkpoint is ever in memory."""
+    big = big_checkpoint(tmp_path / "big", 120)
+
+    def field(name: str) -> int:
+        return next(
+            int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if name in line
+        )
+
+    def work() -> int:
+        start = field("VmRSS")
+        pickles_to_safetensors(big, tmp_path / "new", 30_000_000, progress=False)
+        (tmp_path / "peak").write_text(str(field("VmHWM") - start))
+        return 0
+
+    child = in_child(work)
+    child.join()
+    assert child.exitcode == 0 and int((tmp_path / "peak").read_text()) < 60_000
+
+
+# training checkpoints
+
+
+@pytest.mark.parametrize(
+    ("ranks", "stages", "chunks", "split_hidden"),
+    [
+        (1, 1, 1, True),
+        (2, 1, 1, True),
+        (1, 2, 1, True),
+        (4, 2, 1, False),
+        (2, 4, 1, True),
+        (2, 2, 2, False),
+        (1, 3, 1, True),
+    ],
+)
+@SOURCES
+def test_training_shards_become_the_model(source, ranks, stages, chunks, split_hidden, tmp_path):
+    """Any number of tensor- and pipeline-parallel shards, with biases and without: every value of the model."""
+    state = golden_state(source)
+    shards = training_checkpoint(tmp_path / "run", state, 4, ranks, stages, chunks, split_hidden)
+    before = tree(shards)
+    assert run("training", shards, tmp_path / "new", "--window", 64, "--max-shard-size", "200KB", "--no-logits") == 0
+    assert_equal(read_tensors(tmp_path / "new"), state)
+    config = json.loads((tmp_path / "new" / "config.json").read_text())
+    expected = official_config(source)
+    same = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "bias")
+    assert {field: config[field] for field in same} == {field: expected[field] for field in same}
+    assert config["max_position_embeddings"] == 64 and config["dtype"] == "float32"
+    assert tree(shards) == before
+
+
+@SOURCES
+def test_the_converted_model_is_the_official_one(source, tmp_path, modeling):
+    """From training shards to logits: equal to what the official code computed with these weights."""
+    import numpy as np
+
+    shards = training_checkpoint(tmp_path / "run", golden_state(source), 4, ranks=2, stages=2)
+    assert run("training", shards, tmp_path / "new", "--config", source / "config.json") == 0
+    model = modeling.InternLMForCausalLM.from_pretrained(tmp_path / "new", dtype=torch.float32).eval()
+    golden = np.load(source / "golden.npz")
+    ids = torch.from_numpy(golden["ids256"]).reshape(1, -1)[:, :63]
+    with torch.inference_mode():
+        found = model(input_ids=ids).logits[0, golden["full_63_pos"]]
+    torch.testing.assert_close(found, torch.from_numpy(golden["full_63_logits"]).view_as(found), atol=1e-3, rtol=0)
+
+
+def test_training_dtype(tmp_path):
+    shards = training_checkpoint(tmp_path / "run", golden_state(SEVEN), 4, ranks=2)
+    assert run("training", shards, tmp_path / "new", "--window", 64, "--dtype", "bfloat16") == 0
+    assert_equal(read_tensors(tmp_path / "new"), golden_state(SEVEN, torch.bfloat16))
+    assert json.loads((tmp_path / "new" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_settings_in_the_training_codes_own_class(tmp_path):
+    """model_config.pt names a class of the training code, which is not installed: its items are read as data."""
+    shards = training_checkpoint(tmp_path / "run", golden_state(SEVEN), 4, settings={"layer_norm_epsilon": 1e-5})
+    script = (
+        "import sys, types, torch\n"
+        "names = ['internlm', 'internlm.core', 'internlm.core.context', 'internlm.core.context.parallel_context']\n"
+        "for name in names: sys.modules[name] = types.ModuleType(name)\n"
+        "class Config(dict): pass\n"
+        "Config.__module__ = names[-1]; sys.modules[names[-1]].Config = Config\n"
+        "path = sys.argv[1]\n"
+        "torch.save(Config(torch.load(path), rope_base=20000, nested=Config(a=1)), path)\n"
+    )
+    subprocess.run([sys.executable, "-c", script, str(shards / "model_config.pt")], check=True, timeout=60)
+    assert run("training", shards, tmp_path / "new", "--window", 64, "--no-logits") == 0
+    config = json.loads((tmp_path / "new" / "config.json").read_text())
+    assert config["rms_norm_eps"] == 1e-5 and config["rotary"]["base"] == 20000.0
+
+
+def edit_run(folder: Path, change: Callable[[dict], None], file: str = "model_tp1_pp0.pt") -> None:
+    state = torch.load(folder / file)
+    change(state)
+    torch.save(state, folder / file)
+
+
+FUSED = "model.blocks.0.mixer.Wqkv.weight"
+RUN_BREAKS = {
+    "missing shard": (lambda d: (d / "model_tp1_pp0.pt").unlink(), "model_tp1_pp0.pt is missing"),
+    "no shards": (lambda d: [path.unlink() for path in d.glob("model_tp*")], "no training checkpoint"),
+    "truncated": (lambda d: keep(d, "model_tp0_pp1.pt", lambda b: b[:-9]), "truncated"),
+    "no settings": (lambda d: (d / "model_config.pt").unlink(), "model_config.pt is missing"),
+    "settings of another run": (lambda d: edit_run(d, lambda s: s.update(hidden_size=128), "model_config.pt"), "128"),
+    "settings without heads": (
+        lambda d: edit_run(d, lambda s: s.pop("num_attention_heads"), "model_config.pt"),
+        "heads",
+    ),
+    "lost tensor": (lambda d: edit_run(d, lambda s: s.pop(FUSED)), "1 of 2 tensor-parallel"),
+    "another width": (lambda d: edit_run(d, lambda s: s.update({FUSED: torch.ones(96, 32)})), "cannot be joined"),
+    "not three parts": (lambda d: edit_run(d, lambda s: s.update({FUSED: torch.ones(95, 64)})), "three equal parts"),
+    "unknown field": (
+        lambda d: [edit_run(d, add_field, f"model_tp{rank}_pp0.pt") for rank in (0, 1)],
+        "no InternLM v1",
+    ),
+    "unknown name": (lambda d: edit_run(d, lambda s: s.update({"???": torch.ones(1)})), "not a name"),
+    "lost layer": (
+        lambda d: [edit_run(d, drop_layer, f"model_tp{rank}_pp1.pt") for rank in (0, 1)],
+        r"holds only the layers \[1\]",
+    ),
+    "uneven shares": (lambda d: edit_run(d, lambda s: s.update({FUSED: torch.ones(48, 64)})), "asks for"),
+}
+
+
+def add_field(state: dict) -> None:
+    state["model.blocks.0.moe.weight"] = torch.ones(1)
+
+
+def drop_layer(state: dict) -> None:
+    for name in [name for name in state if ".blocks.0." in name]:
+        del state[name]
+
+
+@pytest.mark.parametrize("name", RUN_BREAKS)
+def test_a_broken_run_is_one_clear_error(name, tmp_path, capsys):
+    break_it, message = RUN_BREAKS[name]
+    shards = training_checkpoint(tmp_path / "run", golden_state(SEVEN), 4, ranks=2, stages=2)
+    break_it(shards)
+    before = tree(shards)
+    assert run("training", shards, tmp_path / "new", "--window", 64) == 1
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and re.search(message, said), said
+    assert tree(shards) == before and not tree(tmp_path / "new")
+
+
+def test_window_or_config_is_needed(tmp_path, capsys):
+    shards = training_checkpoint(tmp_path / "run", golden_state(SEVEN), 4)
+    assert run("training", shards, tmp_path / "new") == 1
+    assert "--window and --config" in capsys.readouterr().err
+
+
+# the Llama layout
+
+
+def hub_folder(folder: Path, source: Path, tokenizer: bool = False, dtype: torch.dtype = torch.float32) -> Path:
+    """A golden checkpoint in the Hub's layout, in two safetensors files, with the official tokenizer if wanted."""
+    folder.mkdir()
+    pickled = pickled_checkpoint(folder.with_name("pickled"), golden_state(source, dtype), official_config(source))
+    pickles_to_safetensors(pickled, folder, 600_000 if dtype == torch.float32 else 300_000, progress=False)
+    write_json(folder / "config.json", official_config(source))
+    if tokenizer:
+        for file in (ROOT / "tokenizer_config.json", ROOT / "chat_template.jinja", GOLDEN / "tokenizer.model"):
+            (folder / file.name).write_bytes(file.read_bytes())
+    return folder
+
+
+def llama_logits(folder: Path, ids: torch.Tensor) -> torch.Tensor:
+    from transformers import AutoModelForCausalLM
+
+    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert type(model).__name__ == "LlamaForCausalLM"
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    with torch.inference_mode():
+        return model.eval()(input_ids=ids).logits
+
+
+@SOURCES
+def test_llama_copy_is_exact_in_the_window(source, tmp_path, modeling):
+    hub = hub_folder(tmp_path / "hub", source)
+    assert run("llama", hub, tmp_path / "llama", "--no-tokenizer", "--no-logits") == 0
+    ids = torch.randint(0, 512, (2, 64), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        ours = modeling.InternLMForCausalLM.from_pretrained(hub).eval()(input_ids=ids).logits
+    torch.testing.assert_close(llama_logits(tmp_path / "llama", ids), ours, atol=1e-4, rtol=0)
+    for path in hub.glob("*.safetensors"):
+        assert path.samefile(tmp_path / "llama" / path.name)
+
+
+@pytest.mark.parametrize("factor", [1.0, 2.0])
+def test_llama_copy_with_a_fixed_context(factor, tmp_path, modeling, configuration):
+    """256 tokens are four windows: equal to this package's model with plain rotary of the base of 256 tokens."""
+    hub = hub_folder(tmp_path / "hub", TWENTY)
+    fields = official_config(TWENTY, rotary={"type": "dynamic", "base": 10000, "scaling_factor": factor})
+    write_json(hub / "config.json", fields)
+    assert run("llama", hub, tmp_path / "llama", "--no-tokenizer", "--context", 256) == 0
+    base = 10000 * (factor * 256 / 64 - (factor - 1)) ** (16 / 14)
+    settings = json.loads((tmp_path / "llama" / "config.json").read_text())
+    assert settings["rope_theta"] == pytest.approx(base) and settings["max_position_embeddings"] == 256
+    changes = {"rotary": {"type": "origin", "base": base}, "max_position_embeddings": 256}
+    config = configuration.InternLMConfig(**(fields | changes))
+    ids = torch.randint(0, 512, (1, 256), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        ours = modeling.InternLMForCausalLM.from_pretrained(hub, config=config).eval()(input_ids=ids).logits
+    found = llama_logits(tmp_path / "llama", ids)
+    torch.testing.assert_close(found, ours, atol=2e-4, rtol=0)
+    # The measure is sharp: with the trained base the logits are far off.
+    write_json(tmp_path / "llama" / "config.json", settings | {"rope_theta": 10000.0})
+    assert (llama_logits(tmp_path / "llama", ids) - ours).abs().max() > 0.1
+
+
+@pytest.mark.parametrize(("context", "base"), [(None, 10000.0), (4096, 10000.0), (8192, 20221.3), (16384, 40889.9)])
+def test_the_base_of_the_20b(context, base):
+    from tools.convert_llama import llama_config
+
+    settings = llama_config(json.loads((ROOT / "config.json").read_text()), context)
+    assert settings["rope_theta"] == pytest.approx(base, abs=0.05)
+    assert settings["max_position_embeddings"] == (context or 4096) and settings["attention_bias"] is False
+
+
+def test_llama_copy_of_pickles_and_of_stored_frequencies(tmp_path):
+    """What engines refuse is written anew instead of linked."""
+    old = old_checkpoint(tmp_path / "old", SEVEN, torch.float32)
+    assert run("llama", old, tmp_path / "a", "--no-tokenizer") == 0
+    write_json(tmp_path / "config.json", official_config(SEVEN))
+    surplus = golden_state(SEVEN) | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}
+    save_file(surplus, tmp_path / "model.safetensors", {"format": "pt"})
+    assert run("llama", tmp_path, tmp_path / "b", "--no-tokenizer") == 0
+    for folder in (tmp_path / "a", tmp_path / "b"):
+        assert_equal(read_tensors(folder), golden_state(SEVEN))
+
+
+def test_llama_copy_through_a_symbolic_link(tmp_path):
+    """The Hub's cache holds links; the copy must outlive them."""
+    hub = hub_folder(tmp_path / "hub", TWENTY)
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    for path in hub.iterdir():
+        (cache / path.name).symlink_to(path)
+    assert run("llama", cache, tmp_path / "llama", "--no-tokenizer", "--no-logits") == 0
+    assert not any(path.is_symlink() for path in (tmp_path / "llama").iterdir())
+    assert_equal(read_tensors(tmp_path / "llama"), golden_state(TWENTY))
+
+
+def test_llama_tokenizer_needs_no_remote_code(tmp_path):
+    """tokenizer.json gives the official ids and the chat template, through AutoTokenizer without trust."""
+    from transformers import AutoTokenizer
+
+    hub = hub_folder(tmp_path / "hub", TWENTY, tokenizer=True)
+    assert run("llama", hub, tmp_path / "llama", "--no-logits") == 0
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "llama", trust_remote_code=False)
+    rows = [json.loads(line) for line in (GOLDEN / "tokenizer.jsonl").open(encoding="utf-8")]
+    assert [tokenizer(row["text"])["input_ids"] for row in rows] == [row["ids"] for row in rows] and len(rows) > 300
+    assert tokenizer.padding_side == "left" and tokenizer.pad_token_id == 0
+    assert tokenizer.decode(tokenizer("a . 你好")["input_ids"], skip_special_tokens=True) == "a . 你好"
+    prompt = tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False)
+    assert prompt.startswith("<s><|System|>:") and "<|User|>:hi\n" in prompt
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "llama"}, "only internlm"),
+        ({"rotary": {"type": "linear"}}, "rotary"),
+        ({"hidden_size": -64}, "hidden_size"),
+        ({"num_hidden_layers": 5}, "which config.json asks for"),
+        ({"bias": True}, 'set "bias": false'),
+    ],
+    ids=str,
+)
+def test_llama_copy_refuses_a_wrong_config(changes, message, tmp_path, capsys):
+    hub = hub_folder(tmp_path / "hub", TWENTY)
+    write_json(hub / "config.json", official_config(TWENTY, **changes))
+    assert run("llama", hub, tmp_path / "llama", "--no-tokenizer") == 1
+    said = capsys.readouterr().err
+    assert message in said and said.count("\n") == 1 and not tree(tmp_path / "llama")
+
+
+SAFE = "model-00002-of-00002.safetensors"
+SAFE_BREAKS = {
+    "truncated": (lambda d: keep(d, SAFE, lambda b: b[:-1]), "truncated"),
+    "empty": (lambda d: keep(d, SAFE, lambda b: b""), "truncated"),
+    "LFS pointer": (lambda d: (d / SAFE).write_text("version https://git-lfs.github.com/spec/v1\n"), "truncated"),
+    "missing shard": (lambda d: (d / SAFE).unlink(), f"{SAFE} is missing"),
+    "index leads up": (lambda d: edit_index(d, lambda m: m.update(x="../x"), SAFE_INDEX), "outside its folder"),
+    "name outside the index": (
+        lambda d: edit_index(d, lambda m: m.pop("lm_head.weight"), SAFE_INDEX),
+        "does not name",
+    ),
+    "NaN": (lambda d: save_file(fill(load_file(d / SAFE)), d / SAFE, {"format": "pt"}), "holds NaN"),
+    "no config": (lambda d: (d / "config.json").unlink(), "config.json cannot be read"),
+}
+SAFE_INDEX = "model.safetensors.index.json"
+
+
+def fill(state: dict) -> dict:
+    next(iter(state.values())).view(-1)[5:6] = float("nan")
+    return state
+
+
+@pytest.mark.parametrize("name", SAFE_BREAKS)
+def test_llama_copy_of_a_broken_source(name, tmp_path, capsys):
+    break_it, message = SAFE_BREAKS[name]
+    hub = hub_folder(tmp_path / "hub", TWENTY)
+    break_it(hub)
+    before = tree(hub)
+    assert run("llama", hub, tmp_path / "llama", "--no-tokenizer") == 1
+    said = capsys.readouterr().err
+    assert message in said and said.count("\n") == 1
+    assert tree(hub) == before and "config.json" not in tree(tmp_path / "llama")
+
+
+def test_llama_copy_needs_its_own_folder_and_a_tokenizer(tmp_path, capsys):
+    hub = hub_folder(tmp_path / "hub", TWENTY)
+    before = tree(hub)
+    assert run("llama", hub, hub) == 1 and "another target" in capsys.readouterr().err
+    assert run("llama", hub, tmp_path / "llama") == 1 and "tokenizer.model is missing" in capsys.readouterr().err
+    assert tree(hub) == before and not tree(tmp_path / "llama")
+
+
+# the check afterwards
+
+
+def test_the_check_finds_wrong_logits(tmp_path, modeling):
+    """Two models that differ in one norm do not pass as equal."""
+    from tools.convert_check import check_logits
+
+    hub = hub_folder(tmp_path / "hub", TWENTY)
+    right = modeling.InternLMForCausalLM.from_pretrained(hub)
+    wrong = modeling.InternLMForCausalLM.from_pretrained(hub)
+    wrong.model.norm.weight.data[0] *= 1.5
+    assert "largest difference 0)" in check_logits([lambda dtype: right, lambda dtype: right], hub)
+    with pytest.raises(ConversionError, match="logits differ"):
+        check_logits([lambda dtype: right, lambda dtype: wrong], hub)
+
+
+def test_the_check_says_why_it_was_skipped(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("tools.convert_check._available_memory", lambda: 1000)
+    assert run("safetensors", old_checkpoint(tmp_path / "old"), tmp_path / "new") == 0
+    assert "logits not compared: a model needs" in capsys.readouterr().out

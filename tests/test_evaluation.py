@@ -1,0 +1,486 @@
+"""The evaluation: its table against the card, its bookkeeping, and lm-eval end to end on the tiny model, offline."""
+
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from evaluation import results, run
+from evaluation.card import CARD, CODE_IS_OFF, LOCAL, select
+from evaluation.clock import Clock, spoken, work_of
+from evaluation.tasks import scoring
+
+
+ROOT = Path(__file__).resolve().parents[1]
+TASKS = ROOT / "evaluation" / "tasks"
+# Read once, when `datasets` is imported.
+os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+INTERNLM_20B = 3  # its place among the seven models in the card's rows
+
+
+def card_scores() -> dict[str, list[float]]:
+    """README.md's English table of single benchmarks: name -> the scores of its seven models."""
+    rows = re.findall(
+        r"^\|[^|\n]*\| ([^|\n]+) ((?:\| [\d.*]+ ){7})\|", (ROOT / "README.md").read_text(encoding="utf-8"), re.M
+    )
+    assert rows, "README.md has no table of benchmarks"
+    scores: dict[str, list[float]] = {}
+    for name, numbers in rows:
+        scores.setdefault(name.strip(), [float(number) for number in re.findall(r"[\d.]+", numbers)])
+    return scores
+
+
+def local_rows(task: str) -> list[dict]:
+    text = (TASKS / "local" / task / "test.jsonl").read_text(encoding="utf-8")
+    return [json.loads(row) for row in text.splitlines()]
+
+
+# ------------------------------------------------------------------------------------------------------- the table
+
+
+def test_the_table_is_the_cards():
+    """All seventeen benchmarks, in the card's order, with the card's numbers."""
+    published = card_scores()
+    assert [line.name for line in CARD] == list(published)
+    assert {line.name: line.card for line in CARD} == {name: row[INTERNLM_20B] for name, row in published.items()}
+
+
+def test_published_scores_are_shares_of_the_noted_samples():
+    """A score with two decimals is k / n for a whole k: for seven models at once, a wrong small n hardly passes."""
+    published = card_scores()
+    counted = [line for line in CARD if line.official_samples]
+    assert len(counted) == 12
+    for line in counted:
+        for score in published[line.name]:
+            share = 100 * round(score * line.official_samples / 100) / line.official_samples
+            assert abs(share - score) <= 0.00501, (line.name, score, line.official_samples)
+
+
+def test_the_share_test_can_tell():
+    """It rules out FewCLUE's public test set for CSL and lm-eval's own RACE: the noted numbers are no accident."""
+    published = card_scores()
+    for name, samples in (("CSL", 2828), ("RACE (high)", 1045), ("MBPP", 974)):
+        assert any(abs(100 * round(x * samples / 100) / samples - x) > 0.00501 for x in published[name]), name
+
+
+def test_select_by_group_name_and_task():
+    assert select("all") == list(CARD)
+    assert select("local") == list(LOCAL)
+    assert [line.name for line in select("PIQA, race (middle),internlm_csl,piqa")] == ["PIQA", "RACE (middle)", "CSL"]
+    with pytest.raises(SystemExit, match="no benchmark is called .*nonsense.*all, local.*mmlu"):
+        select("piqa,nonsense")
+
+
+# ------------------------------------------------------------------------------------------------ results on disk
+
+
+def stored(folder: Path, **scores: float) -> results.Store:
+    store = results.Store(folder)
+    for task, score in scores.items():
+        store.finish(task, {"metrics": {"acc,none": score}, "samples": round(100 * score)}, [{"doc_id": 0}])
+    return store
+
+
+def test_mean_over_tasks_is_unweighted_and_compared_with_the_card(tmp_path: Path):
+    line = select("mmlu")[0]
+    row = results.summarise(line, ["a", "b"], stored(tmp_path, a=0.5, b=0.74))
+    assert (row["status"], row["ours"], row["difference"], row["samples"]) == ("done", 62.0, -0.05, 124)
+    assert "| MMLU | 62.00 | 62.05 | -0.05 | 5 | acc | 124 |" in results.markdown([row], {})
+
+
+def test_an_incomplete_group_has_no_score(tmp_path: Path):
+    row = results.summarise(select("mmlu")[0], ["a", "b"], stored(tmp_path, a=0.5))
+    assert (row["ours"], row["difference"]) == (None, None)
+    assert (row["status"], row["reason"]) == ("not run yet", "1 of 2 tasks done")
+
+
+def test_missing_data_is_said_and_never_zero(tmp_path: Path):
+    row = results.summarise(select("boolq")[0], ["boolq"], stored(tmp_path), "data not reachable: no route")
+    table = results.markdown([row], {"limit": None})
+    assert "| BoolQ | data not reachable | 87.46 | - | 0 | acc | - |" in table
+    assert "- BoolQ: data not reachable: no route" in table
+
+
+def test_a_limited_run_says_so(tmp_path: Path):
+    assert "first 7 samples of each task: a trial run" in results.markdown([], {"limit": 7})
+
+
+def test_results_of_other_settings_are_not_mixed(tmp_path: Path):
+    store = results.Store(tmp_path)
+    store.claim({"dtype": "float32", "limit": None})
+    store.claim({"dtype": "float32", "limit": None})
+    with pytest.raises(SystemExit, match="dtype 'float32', now 'bfloat16'.*give --out another folder"):
+        store.claim({"dtype": "bfloat16", "limit": None})
+
+
+def test_a_death_while_writing_leaves_no_half_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    store = stored(tmp_path, a=0.5)
+
+    def die(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", die)
+    for task in ("a", "b"):
+        with pytest.raises(KeyboardInterrupt):
+            store.finish(task, {"metrics": {"acc,none": 0.1}, "samples": 1}, [])
+    assert store.result("a")["metrics"] == {"acc,none": 0.5}
+    assert store.result("b") is None
+
+
+def test_fingerprint_follows_the_weights(tmp_path: Path):
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(bytes(5 << 20))
+    before = results.fingerprint(tmp_path)
+    (tmp_path / "README.md").write_text("a card")
+    assert results.fingerprint(tmp_path) == before
+    weights.write_bytes(bytes((5 << 20) - 1) + b"\1")
+    assert results.fingerprint(tmp_path) != before
+
+
+# ------------------------------------------------------------------------------------------------- the time left
+
+
+def test_time_left_comes_from_each_kinds_own_pace():
+    clock = Clock()
+    clock.plan("a", "loglikelihood", 1000)
+    clock.plan("b", "generate_until", 500)
+    assert clock.seconds_left() is None
+    clock.answered("a", "loglikelihood", 100, 1.0)
+    assert clock.seconds_left() == pytest.approx(9 + 5)  # generation not measured yet: as slow as what is known
+    clock.answered("b", "generate_until", 100, 10.0)
+    assert clock.seconds_left() == pytest.approx(9 + 40)
+    clock.finished("a")
+    assert clock.seconds_left() == pytest.approx(40)
+    assert clock.work_left() == 400
+
+
+def test_work_counts_what_may_be_generated():
+    assert work_of("loglikelihood", ("abc", "de")) == 5
+    assert work_of("generate_until", ("abc", {"max_gen_toks": 2})) == 3 + 2 * 100
+
+
+def test_spoken_time():
+    assert [spoken(seconds) for seconds in (None, 40, 720, 12000)] == [
+        "time left not known yet",
+        "about 40 s left",
+        "about 12 min left",
+        "about 3 h 20 min left",
+    ]
+
+
+# ----------------------------------------------------------------------------------------------------- scoring
+
+
+@pytest.mark.parametrize(
+    ("answer", "right"),
+    [
+        ("答案是光荣和ω-force。", 1.0),
+        ("光荣和ω-force\n问：", 1.0),
+        ("我想答案是：光荣和ω-force, 是的", 1.0),
+        ("答案是光荣", 0.0),
+        ("", 0.0),
+    ],
+)
+def test_cmrc_scores_what_follows_the_answer_is(answer: str, right: float):
+    doc = {"answers": {"text": ["光荣和ω-force", "日本光荣和ω-force"]}}
+    assert scoring.cmrc(doc, [answer]) == {"exact_match": right}
+
+
+def test_csl_compares_with_and_without_keywords():
+    without, with_them = scoring.csl_choices({"abst": "一篇文章", "keyword": ["甲", "乙"]})
+    assert (without, with_them) == ("摘要：一篇文章", "摘要：一篇文章\n关键词：甲，乙")
+
+
+def test_recall_takes_the_first_number():
+    assert scoring.recall({"value": "0473"}, [" 0473.\nThe key of"]) == {"exact_match": 1.0}
+    assert scoring.recall({"value": "0473"}, [" 473."]) == {"exact_match": 0.0}
+    assert scoring.recall({"value": "0473"}, [" nothing"]) == {"exact_match": 0.0}
+
+
+# -------------------------------------------------------------------------------------------------- local data
+
+
+def test_local_sentences_have_one_whole_choice_and_give_no_length_away():
+    """Right by the grammar, not by the label alone; a model that only counts tokens gets 25 percent."""
+    from sentencepiece import SentencePieceProcessor
+
+    from tools.tiny_grammar import is_well_formed
+
+    tokenizer = SentencePieceProcessor(model_file=str(ROOT / "tests" / "golden" / "tokenizer.model"))
+    rows = local_rows("internlm_sentences")
+    assert len(rows) == 64
+    for row in rows:
+        whole = [index for index, choice in enumerate(row["choices"]) if is_well_formed(choice, row["language"])]
+        assert whole == [row["label"]]
+        assert len(set(row["choices"])) == 4
+        assert len({len(tokenizer.encode(choice)) for choice in row["choices"]}) == 1
+
+
+def test_local_recall_tells_the_value_once():
+    rows = local_rows("internlm_recall")
+    assert len(rows) == 64
+    for row in rows:
+        *told, asked = row["prompt"].split("\n")
+        assert 2 <= len(told) <= 8
+        assert [line for line in told if line.startswith(asked)] == [line for line in told if row["value"] in line]
+
+
+# --------------------------------------------------------------------------------------------------- the command
+
+
+def test_help_names_every_option_in_a_moment():
+    shown = subprocess.run(
+        [sys.executable, ROOT / "evaluation" / "run.py", "--help"],
+        capture_output=True,
+        text=True,
+        timeout=20,
+        check=True,
+    ).stdout
+    for option in ("--model", "--tasks", "--batch-size", "--dtype", "--device", "--limit", "--allow-code-execution"):
+        assert option in shown
+
+
+def test_without_lm_eval_the_command_says_what_to_install(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(run.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match="pip install -r requirements-evaluation.txt"):
+        run.main(["--model", "anything"])
+
+
+def test_a_trial_run_has_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """So that the full run after it is not refused for its other settings."""
+    folders = []
+    monkeypatch.setattr(run, "Store", lambda folder: folders.append(folder) or sys.exit())
+    monkeypatch.setattr(run.importlib.util, "find_spec", lambda name: True)
+    for options in ([], ["--limit", "20"]):
+        with pytest.raises(SystemExit):
+            run.main(["--model", str(tmp_path / "."), *options])
+    assert [folder.name for folder in folders] == [tmp_path.name, f"{tmp_path.name}-first-20"]
+
+
+def test_requirements_are_pinned():
+    lines = (ROOT / "requirements-evaluation.txt").read_text().splitlines()
+    assert all("==" in line for line in lines if line and not line.startswith("#"))
+
+
+# -------------------------------------------------------------------------------------------- with lm-eval, offline
+
+
+@pytest.fixture(scope="module")
+def offline():
+    """Neither lm-eval nor datasets may look beyond this machine; two cores are shared with other tests."""
+    from datasets import config
+
+    assert config.HF_HUB_OFFLINE
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def measured(folder: Path, model: Path, *options: str) -> tuple[int, dict[str, dict]]:
+    """Run the command in this process; its exit code and the lines of its table by lm-eval task."""
+    code = run.main(["--model", str(model), "--out", str(folder), "--dtype", "float32", "--device", "cpu", *options])
+    table = json.loads((folder / "table.json").read_text(encoding="utf-8"))
+    return code, {row["task"]: row for row in table["rows"]}
+
+
+def answers(folder: Path, task: str) -> list[dict]:
+    text = (folder / "raw" / f"{task}.samples.jsonl").read_text(encoding="utf-8")
+    return [json.loads(row) for row in text.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def local_run(offline: None, tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The two local tasks on the tiny model, eight requests at a time."""
+    folder = tmp_path_factory.mktemp("local")
+    code, rows = measured(folder, tiny_dir, "--tasks", "local", "--batch-size", "8")
+    assert code == 0 and all(row["status"] == "done" for row in rows.values())
+    return folder
+
+
+@pytest.mark.ecosystem
+def test_every_benchmark_has_its_task_metric_and_split_in_lm_eval():
+    """Our table against lm-eval's own task files, without data: names, numbers of subjects, metrics, splits, shots."""
+    from evaluation import harness
+
+    manager = harness.task_manager(own_only=False)
+    sizes = {"mmlu": 57, "ceval-valid": 52, "agieval": 21, "bbh": 27}
+    for line in (*CARD, *LOCAL):
+        names = harness.leaves(manager, line.task)
+        assert len(names) == len(set(names)) == sizes.get(line.task, 1), line.task
+        for name in names:
+            config = manager.task_index[name].cfg
+            metric, of_filter = line.metric.split(",")
+            if line.task != "humaneval":  # there the metric is a function that names itself pass@1
+                assert metric in [str(entry["metric"]).split(".")[-1] for entry in config["metric_list"]], name
+            filters = [entry["name"] for entry in config.get("filter_list") or [{"name": "none"}]]
+            assert of_filter in filters, name
+            assert line.split == (config.get("test_split") or config.get("validation_split")), name
+            examples = (config.get("fewshot_config") or {}).get("samples")
+            default = config.get("num_fewshot") or (len(examples) if isinstance(examples, list) else 0)
+            assert line.sets_shots or line.shots == default, name
+            assert line.runs_code == bool(config.get("unsafe_code")), name
+
+
+@pytest.mark.ecosystem
+def test_the_tiny_model_solves_the_local_tasks(local_run: Path):
+    """Chance is 25 percent for the sentences and one in ten thousand for the keys."""
+    rows = {row["task"]: row for row in json.loads((local_run / "table.json").read_text(encoding="utf-8"))["rows"]}
+    assert rows["internlm_sentences"]["ours"] >= 90
+    assert rows["internlm_recall"]["ours"] >= 5  # checkpoints/tiny recalls a third of its keys (its README.md)
+    assert {row["samples"] for row in rows.values()} == {64}
+    assert not list((local_run / "cache").iterdir())
+
+
+@pytest.mark.ecosystem
+def test_same_scores_one_at_a_time_and_in_padded_batches(local_run: Path, tiny_dir: Path, tmp_path: Path):
+    """Prompts of different lengths, padded on the left, continued with the cache: every answer the same."""
+    measured(tmp_path, tiny_dir, "--tasks", "local", "--batch-size", "1")
+    one, eight = answers(tmp_path, "internlm_recall"), answers(local_run, "internlm_recall")
+    assert len({len(row["prompt"]) for row in local_rows("internlm_recall")}) > 8
+    assert [row["resps"] for row in one] == [row["resps"] for row in eight]
+    assert [row["exact_match"] for row in one] == [row["exact_match"] for row in eight]
+    one, eight = answers(tmp_path, "internlm_sentences"), answers(local_run, "internlm_sentences")
+    assert [row["acc"] for row in one] == [row["acc"] for row in eight]
+
+
+@pytest.mark.ecosystem
+def test_likelihoods_are_the_models_own(local_run: Path, tiny_model, tiny_tokenizer):
+    """What lm-eval scored is the sum of the model's log-probabilities after <s>, nothing cut off and nothing added."""
+    for row, sample in zip(
+        local_rows("internlm_sentences")[:6], answers(local_run, "internlm_sentences"), strict=False
+    ):
+        for choice, scored in zip(row["choices"], sample["filtered_resps"], strict=True):
+            ids = tiny_tokenizer(choice, return_tensors="pt").input_ids
+            with torch.no_grad():
+                logs = tiny_model(ids).logits[0, :-1].log_softmax(-1)
+            expected = logs.gather(1, ids[0, 1:, None]).sum().item()
+            assert math.isclose(float(scored[0]), expected, abs_tol=2e-3), choice
+
+
+@pytest.mark.ecosystem
+def test_a_killed_run_goes_on_inside_the_task(local_run: Path, tiny_dir: Path, tmp_path: Path):
+    """SIGKILL in the middle of the second task: the first is not run again, the second only asks what is missing."""
+    command = [sys.executable, str(ROOT / "evaluation" / "run.py"), "--model", str(tiny_dir), "--out", str(tmp_path)]
+    command += ["--tasks", "local", "--batch-size", "1", "--dtype", "float32", "--device", "cpu"]
+    process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
+    cache = tmp_path / "cache" / "internlm_recall_rank0.db"
+    deadline = time.monotonic() + 120
+    while not (cache.exists() and cache_entries(cache) >= 5):
+        assert process.poll() is None and time.monotonic() < deadline, "it ended before it could be killed"
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert (tmp_path / "raw" / "internlm_sentences.json").exists()
+    assert not (tmp_path / "raw" / "internlm_recall.json").exists()
+    first = (tmp_path / "raw" / "internlm_sentences.json").stat().st_mtime_ns
+
+    code, _ = measured(tmp_path, tiny_dir, "--tasks", "local", "--batch-size", "8")
+    result = json.loads((tmp_path / "raw" / "internlm_recall.json").read_text(encoding="utf-8"))
+    assert code == 0
+    assert 5 <= result["answered_before"] < result["requests"] == 64
+    assert (tmp_path / "raw" / "internlm_sentences.json").stat().st_mtime_ns == first
+    assert answers(tmp_path, "internlm_recall") == answers(local_run, "internlm_recall")
+
+
+@pytest.mark.ecosystem
+def test_an_interrupted_run_says_so_and_repeats_no_answer(
+    local_run: Path, tiny_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+):
+    """Ctrl-C while the sixth answer is made: five are kept, the table is printed, the next run asks for 59."""
+    from evaluation import harness
+
+    generate, calls = harness.QuietLM._model_generate, iter(range(6))
+
+    def until_the_sixth(self, *args, **kwargs):
+        if next(calls) == 5:
+            raise KeyboardInterrupt
+        return generate(self, *args, **kwargs)
+
+    command = ("--tasks", "internlm_recall", "--batch-size", "1")
+    with monkeypatch.context() as patch:
+        patch.setattr(harness.QuietLM, "_model_generate", until_the_sixth)
+        code, rows = measured(tmp_path, tiny_dir, *command)
+    assert (code, rows["internlm_recall"]["status"], rows["internlm_recall"]["ours"]) == (1, "not run yet", None)
+    assert "Interrupted. The same command goes on from here." in capsys.readouterr().err
+
+    assert measured(tmp_path, tiny_dir, *command)[0] == 0
+    result = json.loads((tmp_path / "raw" / "internlm_recall.json").read_text(encoding="utf-8"))
+    assert (result["answered_before"], result["requests"]) == (5, 64)
+    assert answers(tmp_path, "internlm_recall") == answers(local_run, "internlm_recall")
+
+
+def cache_entries(path: Path) -> int:
+    """How many answers lm-eval has written down so far."""
+    import sqlite3
+
+    try:
+        with sqlite3.connect(f"file:{path}?mode=ro", uri=True) as database:
+            return database.execute("select count(*) from unnamed").fetchone()[0]
+    except sqlite3.OperationalError:  # the table is not there yet
+        return 0
+
+
+ARTICLE = "A gentle wind blew through the trees. We found a clear river and a green forest."
+ROWS = {
+    "internlm_cmrc": {
+        "context": "来到美丽的大自然，我们发现山后有一条清澈的小河。",
+        "question": "山后有什么？",
+        "answers": {"text": ["小河", "一条清澈的小河"], "answer_start": [20, 15]},
+    },
+    "internlm_csl": {"abst": "白云在天上慢慢地走。", "keyword": ["白云", "天空"], "label": "1"},
+    "internlm_race_middle": {
+        "article": ARTICLE,
+        "question": "What did we find?",
+        "options": ["A river", "A car", "A key", "A dog"],
+        "answer": "A",
+    },
+    "internlm_xsum": {"document": ARTICLE, "summary": "A river and a forest were found."},
+    "boolq": {"passage": ARTICLE, "question": "did we find a river", "label": 1},
+    "piqa": {"goal": "cross a river", "sol1": "walk over the bridge", "sol2": "eat the bridge", "label": 0},
+}
+
+
+@pytest.mark.ecosystem
+def test_the_cards_tasks_run_on_rows_of_their_data_sets(offline: None, tiny_dir: Path, tmp_path: Path):
+    """One row each, in the form of the data set on the Hub, given by --data: prompt, choices and metric all fit."""
+    for task, row in ROWS.items():
+        (tmp_path / "data" / task).mkdir(parents=True)
+        for split in {select(task)[0].split} | ({"train"} if task in ("boolq", "piqa") else set()):
+            (tmp_path / "data" / task / f"{split}.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
+    race = tmp_path / "data" / "internlm_race_middle"
+    (tmp_path / "data" / "internlm_race_high").symlink_to(race, target_is_directory=True)
+    tasks = [*ROWS, "internlm_race_high"]
+    code, rows = measured(tmp_path / "out", tiny_dir, "--tasks", ",".join(tasks), "--data", str(tmp_path / "data"))
+    assert code == 0
+    assert {task: (row["status"], row["samples"]) for task, row in rows.items()} == dict.fromkeys(tasks, ("done", 1))
+    assert all(row["difference"] == pytest.approx(row["ours"] - row["card"], abs=0.01) for row in rows.values())
+
+    (tmp_path / "data" / "boolq" / "train.jsonl").unlink()
+    _, rows = measured(tmp_path / "again", tiny_dir, "--tasks", "boolq", "--data", str(tmp_path / "data"))
+    assert rows["boolq"]["status"] == "data not reachable" and "no train.jsonl" in rows["boolq"]["reason"]
+
+
+@pytest.mark.ecosystem
+def test_unreachable_data_and_code_are_reported_not_scored(offline: None, tiny_dir: Path, tmp_path: Path, capsys):
+    code, rows = measured(tmp_path, tiny_dir, "--tasks", "internlm_cmrc,bbh,humaneval,mbpp")
+    assert code == 1
+    assert {task: row["status"] for task, row in rows.items()} == {
+        "internlm_cmrc": "data not reachable",
+        "bbh": "data not reachable",
+        "humaneval": "off",
+        "mbpp": "off",
+    }
+    assert all(row["ours"] is None and row["difference"] is None for row in rows.values())
+    shown = capsys.readouterr()
+    assert shown.out.count(CODE_IS_OFF) == 2
+    assert "Couldn't reach 'hfl/cmrc2018'" in shown.out
+    assert shown.err.count("BBH: data not reachable") == 1  # not once for each of its 27 sets

@@ -1,0 +1,312 @@
+"""Dynamic NTK beyond the window, in every way that tokens can reach the model (golden checkpoint, window 64)."""
+
+import copy
+
+import pytest
+import torch
+from test_golden import assert_near, forced_decode, load, new_cache
+from transformers import DynamicCache
+
+
+WINDOW = 64
+
+
+@pytest.fixture(scope="module")
+def model(modeling):
+    return load(modeling, "tiny_20b_dynamic")
+
+
+@pytest.fixture(scope="module")
+def ids(model):
+    return torch.randint(3, model.config.vocab_size, (3, 300), generator=torch.Generator().manual_seed(0))
+
+
+def greedy(model, ids, **settings):
+    settings = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None, **settings}
+    settings.setdefault("attention_mask", torch.ones_like(ids))
+    return model.generate(ids, **settings)
+
+
+def pad_left(rows, length, pad=0):
+    """Rows of token ids -> (ids, mask), each (B, length)."""
+    ids = torch.stack([torch.cat((row.new_full((length - len(row),), pad), row)) for row in rows])
+    mask = torch.stack([(torch.arange(length) >= length - len(row)).long() for row in rows])
+    return ids, mask
+
+
+def test_worked_numbers(modeling, configuration):
+    """The base at 1, 2 and 4 windows of the 20B, as the docstring of RotaryTables states it."""
+    config = configuration.InternLMConfig(hidden_size=5120, num_attention_heads=40, max_position_embeddings=4096)
+    lengths = torch.tensor([[4000.0], [4096.0], [8192.0], [16384.0]])
+    slowest = modeling._ntk_log_ratio(config, lengths)[:, -1].exp() * modeling._frequencies(config, lengths.device)[-1]
+    bases = slowest.double() ** (-128 / 126)
+    assert bases.tolist() == pytest.approx([10000, 10000, 20221.3, 40889.9], rel=1e-4)
+    assert modeling._ntk_log_ratio(config, lengths)[:2].abs().max() == 0
+
+
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16))
+def test_angles_are_float32_under_any_dtype_and_autocast(modeling, model, dtype):
+    """Half precision would keep 797 of 5000 positions apart: neighbours must differ by one turn, to rounding."""
+    config = model.config
+    positions = torch.arange(16000)[None]
+    with torch.autocast("cpu", dtype=dtype):
+        tables = modeling._rotary_tables(
+            config, torch.zeros(1, 16000, 1, dtype=dtype), positions, None, None, positions[0], 16000, "engine's"
+        )
+    expected = positions[0, :, None].double() * modeling._frequencies(config, positions.device).double()
+    half = config.head_dim // 2
+    assert tables.cos.dtype == dtype
+    assert_near(tables.cos[0, 0, :, :half].double(), expected.cos(), atol=5e-3)
+    assert_near(tables.sin[0, 0, :, half:].double(), expected.sin(), atol=5e-3)
+
+
+@pytest.mark.parametrize("length", (WINDOW - 1, WINDOW, WINDOW + 1))
+@torch.no_grad()
+def test_no_step_at_exactly_the_window(model, ids, length):
+    """With and without a cache: M-1 and M are plain rotary, M+1 is not, and both ways of reading agree at each."""
+    tokens = ids[:1, :length]
+    cached = model(tokens, past_key_values=new_cache("dynamic", model)).logits
+    assert_near(cached, model(tokens, use_cache=False).logits)
+    assert_near(cached, model(tokens, past_key_values=new_cache("static", model)).logits)
+    plain = copy.deepcopy(model)
+    plain.config.rotary = {**model.config.rotary, "type": "origin"}
+    difference = (plain(tokens).logits - cached).abs().max()
+    assert difference < 1e-4 if length <= WINDOW else difference > 0.1
+
+
+@pytest.mark.parametrize("cache", ("dynamic", "static"))
+@torch.no_grad()
+def test_chunked_prefill(model, ids, cache):
+    """A chunk uses the length reached at its end, so reading in chunks is the official code's reading in chunks."""
+    chunks, past = [], new_cache(cache, model)
+    for start, end in ((0, 40), (40, 70), (70, 71), (71, 120)):
+        chunks.append(model(ids[:1, start:end], past_key_values=past).logits[0])
+    plain = load_plain_at(model, 120)
+    # The first layer's keys do not depend on earlier bases: with one layer the last chunk equals a full forward.
+    one = shallow(model)
+    past = new_cache(cache, one)
+    for start, end in ((0, 40), (40, 70), (70, 71), (71, 120)):
+        last = one(ids[:1, start:end], past_key_values=past).logits[0]
+    assert_near(last, shallow(plain)(ids[:1, :120]).logits[0, 71:])
+    # Up to the window chunks change nothing at all.
+    assert_near(chunks[0], model(ids[:1, :40]).logits[0])
+    for length in (10, 30, WINDOW):
+        past = new_cache(cache, model)
+        for start in range(0, length, 10):
+            out = model(ids[:1, start : min(start + 10, length)], past_key_values=past).logits[0]
+        assert_near(out[-1], model(ids[:1, :length]).logits[0, -1])
+
+
+def load_plain_at(model, length):
+    """The same weights with the fixed base that dynamic NTK has at `length`."""
+    plain = copy.deepcopy(model)
+    head_dim = model.config.head_dim
+    base = model.config.rotary["base"] * (length / WINDOW) ** (head_dim / (head_dim - 2))
+    plain.config.rotary = {"type": "origin", "base": base, "scaling_factor": 1.0}
+    return plain
+
+
+def shallow(model):
+    """The first layer alone, with final norm and head."""
+    one = copy.deepcopy(model)
+    one.model.layers = one.model.layers[:1]
+    one.config.num_hidden_layers = 1
+    return one
+
+
+@torch.no_grad()
+def test_few_tokens_at_once_equal_one_by_one(model, ids):
+    """Up to 32 tokens use their own lengths, padded rows too; what is appended then is what decoding would append."""
+    padded, mask = pad_left([ids[0, :120], ids[1, :90], ids[2, :70]], 120)
+    together, apart = new_cache("dynamic", model), new_cache("dynamic", model)
+    for past in (together, apart):
+        model(padded[:, :80], attention_mask=mask[:, :80], past_key_values=past)
+    logits = model(padded[:, 80:100], attention_mask=mask[:, :100], past_key_values=together).logits
+    for step in range(80, 100):
+        single = model(padded[:, step : step + 1], attention_mask=mask[:, : step + 1], past_key_values=apart).logits
+        seen = mask[:, step].bool()
+        assert_near(logits[seen, step - 80], single[seen, 0])
+
+
+@torch.no_grad()
+def test_fixed_base_is_the_same_function(model, ids):
+    """What docs/long-context.md tells engines to write: plain rotary with base(N) is dynamic NTK at N tokens."""
+    assert_near(load_plain_at(model, 200)(ids[:1, :200]).logits, model(ids[:1, :200]).logits)
+
+
+@torch.no_grad()
+def test_short_after_long_is_unchanged(model, ids):
+    before = model(ids[:, :30]).logits
+    model(ids)
+    greedy(model, ids[:, :100], cache_implementation="static")
+    torch.testing.assert_close(model(ids[:, :30]).logits, before, atol=0, rtol=0)
+
+
+@torch.no_grad()
+def test_packed_sequences_equal_each_alone(model, ids):
+    """position_ids that start anew pack several sequences into a row, each with its own length L."""
+    lengths = (100, 30, 150)
+    packed = torch.cat([ids[row, :length] for row, length in enumerate(lengths)])[None]
+    positions = torch.cat([torch.arange(length) for length in lengths])[None]
+    logits = model(packed, position_ids=positions, use_cache=False).logits[0].split(lengths)
+    for row, length in enumerate(lengths):
+        assert_near(logits[row], model(ids[row : row + 1, :length]).logits[0])
+
+
+@pytest.mark.parametrize("cache", ("dynamic", "static"))
+@torch.no_grad()
+def test_right_padded_rows_then_decode(model, ids, cache):
+    """A row with padding in its middle (a right-padded prompt, then new tokens) equals the row without it."""
+    prompt, new = (90, 50), 4
+    mask = torch.zeros(2, 94, dtype=torch.long)
+    past = new_cache(cache, model, 94)
+    tokens = torch.zeros(2, 90, dtype=torch.long)
+    for row, length in enumerate(prompt):
+        tokens[row, :length] = ids[row, :length]
+        mask[row, :length] = 1
+    mask[:, 90:] = 1
+    model(tokens, attention_mask=mask[:, :90], past_key_values=past)
+    for step in range(new):
+        token = torch.stack([ids[row, length + step] for row, length in enumerate(prompt)])[:, None]
+        logits = model(token, attention_mask=mask[:, : 91 + step], past_key_values=past).logits[:, -1]
+    for row, length in enumerate(prompt):
+        alone = forced_decode(model, ids[row : row + 1], length, length + new, new_cache("dynamic", model))
+        assert_near(logits[row], alone[-1])
+
+
+@torch.no_grad()
+def test_position_ids_are_obeyed(model, ids):
+    """Attention sees distances only, so an offset changes nothing up to the window and moves L beyond it."""
+    tokens = ids[:1, :30]
+    offset = torch.arange(30)[None] + 20
+    assert_near(model(tokens, position_ids=offset).logits, model(tokens).logits)
+    past = new_cache("dynamic", model)
+    model(tokens, position_ids=offset, past_key_values=past)
+    stepped = model(ids[:1, 30:31], position_ids=torch.tensor([[50]]), past_key_values=past).logits
+    assert_near(stepped[0, -1], model(ids[:1, :31]).logits[0, -1])
+
+
+@torch.no_grad()
+def test_inputs_embeds_and_gradient_checkpointing(model, ids):
+    embeds = model.model.embed_tokens(ids[:1, :100])
+    assert_near(model(inputs_embeds=embeds).logits, model(ids[:1, :100]).logits)
+    trained = copy.deepcopy(model).train()
+    gradients = []
+    for checkpointing in (False, True):
+        trained.zero_grad()
+        if checkpointing:
+            trained.gradient_checkpointing_enable()
+        with torch.enable_grad():
+            trained(ids[:2, :100], labels=ids[:2, :100]).loss.backward()
+        gradients.append({name: value.grad.clone() for name, value in trained.named_parameters()})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("prompt", (20, 60, 100))
+def test_static_cache_gives_the_same_tokens(model, ids, prompt):
+    tokens = ids[:1, :prompt]
+    expected = greedy(model, tokens).tolist()
+    assert greedy(model, tokens, cache_implementation="static").tolist() == expected
+    if prompt == 20:  # beyond the window reading anew and reading on are different functions (docs/long-context.md)
+        assert greedy(model, tokens, use_cache=False).tolist() == expected
+
+
+@pytest.mark.parametrize("way", ("assisted", "prompt lookup"))
+def test_assisted_decoding_is_lossless_across_the_window(model, ids, way):
+    """From 40 tokens to 140: guesses are verified a few at a time, and each must be judged at its own length.
+
+    The prompt ends 20 tokens before the window, because the library reads it together with its first guesses.
+    """
+    assistant = shallow(model)
+    assistant.generation_config.eos_token_id = None
+    settings = {"assistant_model": assistant} if way == "assisted" else {"prompt_lookup_num_tokens": 5}
+    prompt = torch.cat((ids[:1, :20], ids[:1, :20]), dim=1)
+    expected = greedy(model, prompt, max_new_tokens=100)
+    assert greedy(model, prompt, max_new_tokens=100, **settings).tolist() == expected.tolist()
+
+
+def test_beams_and_batches_beyond_the_window(model, ids):
+    """Beam search over left-padded rows gives each row what it gives the row alone."""
+    rows = [ids[0, :90], ids[1, :50], ids[2, :70]]
+    padded, mask = pad_left(rows, 90)
+    together = greedy(model, padded, attention_mask=mask, num_beams=3)[:, 90:]
+    for row, tokens in enumerate(rows):
+        assert greedy(model, tokens[None], num_beams=3)[0, len(tokens) :].tolist() == together[row].tolist()
+
+
+@torch.no_grad()
+def test_several_turns_on_one_cache_crop_and_reuse(model, ids):
+    """A conversation goes on with its cache, and a cropped cache is as good as one that never saw the rest."""
+    past = DynamicCache(config=model.config)
+    first = greedy(model, ids[:1, :50], past_key_values=past)
+    longer = torch.cat((first, ids[1:2, :40]), dim=1)
+    continued = greedy(model, longer, past_key_values=past)
+    again = DynamicCache(config=model.config)
+    greedy(model, ids[:1, :50], past_key_values=again)
+    assert greedy(model, longer, past_key_values=again).tolist() == continued.tolist()
+
+    past = DynamicCache(config=model.config)
+    model(ids[:1, :100], past_key_values=past)
+    reference = copy.deepcopy(past)
+    expected = model(ids[:1, 100:101], past_key_values=reference).logits
+    model(ids[1:2, :20], past_key_values=past)
+    past.crop(-20)
+    assert_near(model(ids[:1, 100:101], past_key_values=past).logits, expected, atol=1e-5)
+
+
+class Recompilations:
+    """Counts what torch.compile compiles; a decode loop must compile once."""
+
+    def __init__(self) -> None:
+        self.graphs = 0
+
+    def __call__(self, graph, example_inputs):
+        self.graphs += 1
+        return graph.forward
+
+
+@torch.no_grad()
+def test_fullgraph_static_decode_compiles_once(model, ids):
+    """One graph without a break, from inside the window to beyond it, and its logits are eager's."""
+    counter = Recompilations()
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    past, eager = new_cache("static", model), new_cache("static", model)
+    model(ids[:2, :55], past_key_values=past)
+    model(ids[:2, :55], past_key_values=eager)
+    for step in range(55, 80):
+        logits = compiled(ids[:2, step : step + 1], past_key_values=past).logits
+        assert_near(logits, model(ids[:2, step : step + 1], past_key_values=eager).logits)
+    assert counter.graphs == 1
+
+
+def test_compiled_generate_across_the_window(model, ids):
+    """generate with a static cache and inductor's real kernels: the tokens of eager decoding, padded rows included."""
+    from transformers.generation import CompileConfig
+
+    padded, mask = pad_left([ids[0, :60], ids[1, :40]], 60)
+    expected = greedy(model, padded, attention_mask=mask)
+    config = CompileConfig(fullgraph=True, mode="default", dynamic=False)
+    config._compile_all_devices = True
+    output = greedy(
+        model, padded, attention_mask=mask, cache_implementation="static", compile_config=config, disable_compile=False
+    )
+    assert output.tolist() == expected.tolist()
+
+
+def test_engines_keep_the_trained_theta(model, ids):
+    """Where an engine keeps the keys there is no read to correct: its flattened rows are plain rotary."""
+    plain = copy.deepcopy(model)
+    plain.config.rotary = {**model.config.rotary, "type": "origin"}
+    tokens = ids[:1, :100]
+    with torch.no_grad():
+        assert_near(model(tokens, use_cache=False, cache=None).logits, plain(tokens).logits)
+
+
+@pytest.mark.parametrize("length", (2, 8))
+@torch.no_grad()
+def test_decode_far_beyond_the_window(model, ids, length):
+    """At 2 and 8 windows, one layer: reading on with a cache is reading anew at the same length."""
+    one, tokens = shallow(model), torch.cat((ids, ids), dim=1)[:1, : length * WINDOW + 3]
+    logits = forced_decode(one, tokens, length * WINDOW, length * WINDOW + 3, new_cache("dynamic", one))
+    assert_near(logits[-1], one(tokens).logits[0, -1])

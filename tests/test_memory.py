@@ -1,0 +1,74 @@
+"""Memory at long context: what a forward may allocate, counted by torch's own allocator on the CPU."""
+
+import pytest
+import torch
+from transformers import StaticCache
+
+from benchmarks.common import Shape, memory_use, our_model
+
+
+LENGTH = 4096
+# Sized so that the smallest of the forbidden tensors, a mask of LENGTH x LENGTH booleans, is larger than all others.
+SHAPE = Shape(hidden=64, layers=16, heads=2, intermediate=128, vocab=100_000, window=1024)
+MASK = LENGTH * LENGTH
+LAYER_KEYS = LENGTH * SHAPE.hidden * 4
+KEY_CACHE = SHAPE.layers * LAYER_KEYS
+
+
+@pytest.fixture(scope="module")
+def model() -> torch.nn.Module:
+    return our_model(SHAPE, torch.float32)
+
+
+@pytest.fixture(scope="module")
+def ids() -> torch.Tensor:
+    return 3 + torch.arange(LENGTH)[None] % 1000  # no pad token, which generate would mask
+
+
+@torch.no_grad()
+def test_prefill_makes_no_logits_of_all_tokens_and_no_square_mask(model, ids):
+    use = memory_use(lambda: model(ids, logits_to_keep=1, use_cache=True))
+    assert use.largest < MASK
+    assert use.peak < 2 * KEY_CACHE + KEY_CACHE  # the cache itself, and no second copy of its keys
+
+
+@torch.no_grad()
+def test_generate_makes_no_logits_of_all_tokens_and_no_square_mask(model, ids):
+    use = memory_use(lambda: model.generate(ids, max_new_tokens=3, do_sample=False))
+    assert use.largest < MASK
+
+
+@torch.no_grad()
+def test_the_counter_sees_logits_of_all_tokens_and_a_square_mask(model, ids):
+    short = ids[:, :512]
+    assert memory_use(lambda: model(short)).largest >= 512 * SHAPE.vocab * 4
+    padded = torch.ones_like(ids)
+    padded[0, 0] = 0
+    assert memory_use(lambda: model(ids, attention_mask=padded, logits_to_keep=1)).largest >= MASK
+
+
+@torch.no_grad()
+def test_a_decode_step_beyond_the_window_copies_no_more_than_a_few_layers_keys(model, ids):
+    cache = StaticCache(config=model.config, max_cache_len=LENGTH)
+    model(ids[:, : LENGTH - 8], past_key_values=cache, logits_to_keep=1)
+    use = memory_use(lambda: model(ids[:, :1], past_key_values=cache))
+    assert use.peak < 6 * LAYER_KEYS < KEY_CACHE / 2
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.xfail(strict=True, reason="a second copy"))],
+)
+def test_the_loss_holds_one_float32_copy_of_the_logits(dtype):
+    """Beside the logits and their gradient, in the model's dtype, that a training step needs anyway."""
+    length = 512
+    model = our_model(SHAPE._replace(layers=1), dtype).train()
+    ids = torch.arange(length)[None] % 1000
+    logits = length * SHAPE.vocab
+
+    def step() -> None:
+        model(ids, labels=ids, use_cache=False).loss.backward()
+
+    step()  # the parameters' gradients exist from here on
+    use = memory_use(step)
+    assert use.peak < (2 * dtype.itemsize + 4 + 0.5) * logits

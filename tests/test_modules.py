@@ -1,0 +1,121 @@
+"""What the three uploaded modules may do on a stranger's machine, proven on their source and on a run."""
+
+import ast
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+
+MODULES = ("configuration_internlm.py", "modeling_internlm.py", "tokenization_internlm.py")
+THIRD_PARTY = {"torch", "transformers", "tokenizers", "sentencepiece"}
+# Standard library modules that can run programs, reach the network or load code.
+DANGEROUS = {
+    "subprocess",
+    "socket",
+    "ctypes",
+    "importlib",
+    "pickle",
+    "marshal",
+    "urllib",
+    "http",
+    "ssl",
+    "pty",
+    "runpy",
+}
+# shutil and os are needed to save a tokenizer: these are the only functions of theirs that may be called.
+ALLOWED_CALLS = {"os.path.isfile", "os.path.join", "os.path.realpath", "shutil.copyfile"}
+FORBIDDEN_NAMES = {"eval", "exec", "compile", "__import__", "globals", "input", "breakpoint"}
+
+
+def tree(name):
+    return ast.parse((ROOT / name).read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_imports(name):
+    """Standard library, torch, transformers, tokenizers, and each other, relatively; nothing dangerous."""
+    for node in ast.walk(tree(name)):
+        modules = []
+        if isinstance(node, ast.Import):
+            modules = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.level == 1:
+            assert f"{node.module}.py" in MODULES
+        elif isinstance(node, ast.ImportFrom):
+            modules = [node.module]
+        for module in modules:
+            top = module.partition(".")[0]
+            assert top in THIRD_PARTY | set(sys.stdlib_module_names), module
+            assert top not in DANGEROUS, module
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_calls(name):
+    """No code from strings, no environment, no file but tokenizer.model (read) and its copy (save_pretrained)."""
+    for node in ast.walk(tree(name)):
+        if isinstance(node, ast.Name):
+            assert node.id not in FORBIDDEN_NAMES, node.id
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            assert (node.value.id, node.attr) not in {
+                ("os", "environ"),
+                ("os", "getenv"),
+                ("os", "system"),
+                ("torch", "load"),
+            }
+        if isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            if called.startswith(("os.", "shutil.")):
+                assert called in ALLOWED_CALLS, called
+            if called == "open":
+                assert [argument.value for argument in node.args[1:]] == ["rb"], ast.unparse(node)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_ascii_only(name):
+    """Windows reads modules in its own encoding when they are copied."""
+    assert (ROOT / name).read_bytes().isascii()
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_nothing_happens_at_import(name):
+    """Only imports, definitions, constants and the version block at module level."""
+    harmless = (ast.Import, ast.ImportFrom, ast.ClassDef, ast.FunctionDef, ast.Assign, ast.AnnAssign, ast.If, ast.Expr)
+    for node in tree(name).body:
+        assert isinstance(node, harmless), ast.unparse(node)
+        if isinstance(node, ast.Expr):
+            assert isinstance(node.value, ast.Constant), ast.unparse(node)
+
+
+WATCHED = """
+import json, os, sys, tempfile
+import transformers, torch  # what they do themselves at import is not ours
+home, folder = os.path.realpath(sys.argv[1]), sys.argv[2]
+events = []
+def audit(event, arguments):
+    if event in ("socket.connect", "socket.getaddrinfo", "subprocess.Popen", "os.system", "os.exec", "os.posix_spawn"):
+        events.append([event, repr(arguments)[:200]])
+    elif event == "open" and isinstance(arguments[0], (str, bytes)) and isinstance(arguments[2], int):
+        path = os.path.realpath(os.fsdecode(arguments[0]))
+        if arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT) and not path.startswith((home, "/dev/")):
+            events.append([event, path])
+sys.addaudithook(audit)
+tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+model = transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+ids = tokenizer("Coming to the beautiful nature, we found", return_tensors="pt")
+model.generate(**ids, max_new_tokens=5)
+model.chat(tokenizer, "Who are you?", max_new_tokens=5)
+print(json.dumps(events))
+"""
+
+
+def test_loading_and_generating_connects_nowhere_and_writes_only_caches(tiny_dir, tmp_path):
+    """Under an audit hook: no connection, no process, no file opened for writing outside HF_HOME."""
+    environment = {**os.environ, "HF_HOME": str(tmp_path), "TMPDIR": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"}
+    environment.pop("HF_HUB_OFFLINE")  # a folder must need no network even where there is one
+    command = [sys.executable, "-c", WATCHED, str(tmp_path), str(tiny_dir)]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert json.loads(result.stdout.strip().splitlines()[-1]) == []

@@ -1,0 +1,63 @@
+"""What a forward costs in operators: none for dynamic NTK up to the window, and fewer than Llama's per decode step."""
+
+import pytest
+import torch
+from transformers import DynamicCache, StaticCache
+
+from benchmarks.common import Context, Decoding, Shape, count_operators, our_config, our_model, sharing_weights, twins
+
+
+SHAPE = Shape(hidden=64, layers=3, heads=2, intermediate=96, vocab=128, window=32)
+
+
+@pytest.fixture(scope="module")
+def pair() -> dict[str, torch.nn.Module]:
+    """The same weights with plain rotary and with dynamic NTK."""
+    plain = our_model(SHAPE, torch.float32, rotary="origin")
+    return {"origin": plain, "dynamic": sharing_weights(plain, type(plain), our_config(SHAPE))}
+
+
+@torch.no_grad()
+def operators(model: torch.nn.Module, past: int, new: int, static: int = 0, padded: bool = False) -> dict[str, int]:
+    """Operators of a forward over `new` tokens after `past` cached ones; `static` is a static cache's length."""
+    config = model.config
+    cache = StaticCache(config=config, max_cache_len=static) if static else DynamicCache(config=config)
+    ids = torch.arange(2 * (past + new)).view(2, -1) % config.vocab_size
+    mask = torch.ones_like(ids)
+    mask[0, :2] = 0
+    if past:
+        model(ids[:, :past], past_key_values=cache, attention_mask=mask[:, :past] if padded else None)
+    extra = {"attention_mask": mask} if padded else {}
+    return count_operators(lambda: model(ids[:, past:], past_key_values=cache, **extra))
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize(
+    ("past", "new", "static"),
+    [(0, 32, 0), (31, 1, 0), (16, 16, 0), (8, 1, 32)],
+    ids=["prompt", "token", "chunk", "static"],
+)
+def test_dynamic_ntk_adds_no_operator_up_to_the_window(pair, past, new, static, padded):
+    counts = {name: operators(model, past, new, static, padded) for name, model in pair.items()}
+    assert counts["dynamic"] == counts["origin"]
+
+
+@pytest.mark.parametrize(("past", "new", "static"), [(0, 33, 0), (32, 1, 0), (8, 1, 33)])
+def test_the_counter_sees_the_correction_beyond_the_window(pair, past, new, static):
+    counts = {name: sum(operators(model, past, new, static).values()) for name, model in pair.items()}
+    assert counts["dynamic"] > counts["origin"] > 20 * SHAPE.layers
+
+
+def test_plain_rotary_adds_no_operator_beyond_the_window(pair):
+    assert operators(pair["origin"], 40, 1) == operators(pair["origin"], 10, 1)
+
+
+@torch.no_grad()
+def test_a_decode_step_takes_at_most_60_percent_of_llamas_operators():
+    ours, llama = twins(SHAPE, torch.float32)
+    context = Context(ours, batch=1, length=SHAPE.window)
+    counts = {}
+    for model in (ours, llama):
+        context.rewind()
+        counts[type(model).__name__] = sum(count_operators(Decoding(model, context).step).values())
+    assert counts["InternLMForCausalLM"] <= 0.6 * counts["LlamaForCausalLM"], counts

@@ -1,0 +1,244 @@
+"""README, docs and the other pages: what they show runs, what they link to exists, what they count is right."""
+
+import ast
+import functools
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+import yaml
+from conftest import ROOT
+
+
+PAGES = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in sorted(ROOT.glob("*.md"))}
+PAGES |= {f"docs/{path.name}": path.read_text(encoding="utf-8") for path in sorted(ROOT.glob("docs/*.md"))}
+README = PAGES["README.md"]
+_, FRONT_MATTER, _CARD = README.split("---\n", 2)
+ENGLISH, CHINESE = _CARD.split("\n# 中文说明\n")
+MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
+
+# One program is one namespace: the blocks of a page build on each other, those of the two languages do not.
+PROGRAMS = {"README.md (English)": ENGLISH, "README.md (Chinese)": CHINESE}
+PROGRAMS |= {name: text for name, text in PAGES.items() if "\n```python\n" in text and name != "README.md"}
+
+
+class Block(NamedTuple):
+    """A Python block of a page, and what the page says it prints, if it says so."""
+
+    line: int
+    code: str
+    prints: str | None
+
+
+def _blocks(text: str) -> list[Block]:
+    found = re.finditer(r"^```python\n(.*?)^```$(?:\n\n```text\n(.*?)^```$)?", text, re.MULTILINE | re.DOTALL)
+    return [Block(text[: match.start()].count("\n") + 2, match[1], match[2]) for match in found]
+
+
+def _for_tiny(code: str, tiny_dir: Path) -> str:
+    """The block with the tiny model in place of the official ones, and on the CPU where there is no GPU."""
+    code = re.sub(r'"internlm/internlm-[\w-]+"', lambda match: repr(str(tiny_dir)), code)
+    return code if torch.cuda.is_available() else code.replace(".cuda()", ".cpu()")
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_python_blocks_run(program: str, tiny_dir: Path, capsys: pytest.CaptureFixture[str]):
+    """Every Python block of a page runs, in order, and prints what the page says, or at least something."""
+    namespace: dict = {"__name__": "__main__"}
+    blocks = _blocks(PROGRAMS[program])
+    assert blocks, f"{program} has no Python block"
+    for block in blocks:
+        torch.manual_seed(0)
+        exec(compile(_for_tiny(block.code, tiny_dir), f"{program}, line {block.line}", "exec"), namespace)
+        printed = capsys.readouterr().out
+        if block.prints is not None:
+            assert printed.rstrip("\n") == block.prints.rstrip("\n"), f"{program}, line {block.line}"
+        elif "print(" in block.code:
+            assert printed.strip(), f"{program}, line {block.line} prints nothing"
+            assert not re.search(r"<eoa>|<\|\w+\|>", printed), printed  # a reply that did not stop
+        if re.search("Who are you|你是谁", block.code):
+            assert re.search("InternLM|书生·浦语", printed), printed
+        prompt = re.search(r'tokenizer\(\[?"([^"]+)"', block.code)
+        assert prompt is None or (printed.startswith(prompt[1]) and len(printed) > len(prompt[1]) + 10), printed
+
+
+def test_snippets_are_those_promised():
+    """First the modern snippet, then the official one as it was; and nothing chats through AutoModel."""
+    for text in (ENGLISH, CHINESE):
+        modern, official = (block.code for block in _blocks(text)[:2])
+        for needed in ('dtype="auto"', 'device_map="auto"', "revision=revision", "trust_remote_code=True"):
+            assert needed in modern
+        assert ".cuda()" not in modern and "dtype" not in official
+        for needed in (".cuda()", ".eval()", "v.cuda()", "skip_special_tokens=True", '"repetition_penalty": 1.05'):
+            assert needed in official
+    for name, text in PAGES.items():
+        assert not re.search(r"\bAutoModel\b", "".join(block.code for block in _blocks(text))), name
+
+
+class _WithoutText(ast.NodeTransformer):
+    def visit_Constant(self, node: ast.Constant) -> ast.Constant:
+        return ast.Constant("text") if isinstance(node.value, str) and not node.value.isascii() else node
+
+
+def test_both_languages_show_the_same():
+    """English and Chinese have the same sections, links, programs (but for the prompts) and shell commands."""
+    for pattern in (r"^## ", r"\]\([^)#]+\)", r"^```", r"^- \S"):
+        counts = [len(re.findall(pattern, text, re.MULTILINE)) for text in (ENGLISH, CHINESE)]
+        assert counts[0] == counts[1], f"{pattern}: {counts[0]} in English, {counts[1]} in Chinese"
+    english, chinese = (_blocks(text) for text in (ENGLISH, CHINESE))
+    for ours, theirs in zip(english, chinese, strict=True):
+        words = re.sub(r'"[A-Z][^"]* [^"]*"', '"文"', ours.code)  # English sentences
+        trees = [ast.dump(_WithoutText().visit(ast.parse(code))) for code in (words, theirs.code)]
+        assert trees[0] == trees[1], f"line {ours.line} differs from its Chinese counterpart"
+    commands = [
+        re.findall(r"^(?:make|python) [^#\n]*?(?= *(?:#|$))", text, re.MULTILINE) for text in (ENGLISH, CHINESE)
+    ]
+    assert commands[0] == commands[1] != []
+
+
+def test_front_matter():
+    """The metadata that the Hub reads."""
+    assert yaml.safe_load(FRONT_MATTER) == {
+        "license": "apache-2.0",
+        "pipeline_tag": "text-generation",
+        "library_name": "transformers",
+        "language": ["en", "zh"],
+    }
+
+
+def _table(text: str, header: str) -> list[list[str]]:
+    """The rows of the table whose first line contains `header`, the first line among them."""
+    lines = text[: text.index(header)].count("\n"), text.split("\n")
+    table = [line for line in "\n".join(lines[1][lines[0] :]).split("\n\n")[0].split("\n") if line.startswith("|")]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
+    assert all(len(row) == len(rows[0]) for row in rows), header
+    return [rows[0], *rows[2:]]
+
+
+@pytest.mark.parametrize(("header", "rows"), [("InternLM-20B | Llama-33B", 6), ("| MMLU |", 17)])
+def test_evaluation_tables(header: str, rows: int):
+    """Seven models, every number there, bold exactly the best from 13B to 33B, Chinese equal to English."""
+    if "MMLU" in header:
+        found = [_table(text[text.index(header) - 200 :], "| | ") for text in (ENGLISH, CHINESE)]
+    else:
+        found = [_table(text, header) for text in (ENGLISH, CHINESE)]
+    numbers = []
+    for head, *body in found:
+        assert head[-7:] == [
+            "Llama-13B", "Llama2-13B", "Baichuan2-13B", "InternLM-20B", "Llama-33B", "Llama-65B", "Llama2-70B",
+        ]  # fmt: skip
+        assert len(body) == rows
+        for row in body:
+            scores = [float(cell.strip("*")) for cell in row[-7:]]
+            bold = [cell.startswith("**") and cell.endswith("**") for cell in row[-7:]]
+            assert bold == [score == max(scores[:5]) for score in scores[:5]] + [False, False], row
+        numbers.append([row[-7:] if rows == 6 else row[1:] for row in body])
+    assert numbers[0] == numbers[1]
+
+
+@pytest.mark.parametrize("text", [ENGLISH, CHINESE], ids=["English", "Chinese"])
+def test_memory_table(text: str, modeling):
+    """Parameters, bytes per type, keys and values: counted on the full-size models, which here have no storage."""
+    rows = {row[0]: row[1:] for row in _table(text, "| float32 | bfloat16")}
+    for name, variant in {"20B": "internlm-20b", "7B": "internlm-7b"}.items():
+        config = modeling.InternLMConfig(**json.loads((ROOT / "variants" / variant / "config.json").read_text()))
+        with torch.device("meta"):
+            model = modeling.InternLMForCausalLM(config)
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        linear = sum(
+            parameter.numel() for name, parameter in model.model.layers.named_parameters() if parameter.dim() == 2
+        )
+        rest = 2 * (parameters - linear)
+        token = 2 * config.num_hidden_layers * config.hidden_size * 2
+        sizes = [
+            4 * parameters,
+            2 * parameters,
+            linear + rest,
+            linear * (0.5 + 4 / 64) + rest,
+            token * 1000,
+            token * 16384,
+        ]
+        shown = [f"{size / 1e9:.{2 if size == token * 1000 else 1}f}" for size in sizes]
+        assert rows[name] == [f"{parameters:,}", *shown]
+
+
+@pytest.mark.parametrize("text", [ENGLISH, CHINESE], ids=["English", "Chinese"])
+def test_variants_table(text: str):
+    """Every variant has its row, with the numbers of its config.json and the prompt format of its template."""
+    rows = {row[0]: row[1:] for row in _table(text, "| MLP")[1:]}
+    folders = {path.parent.name: path.parent for path in ROOT.glob("variants/*/config.json")}
+    assert set(rows) == set(folders)
+    fields = (
+        "num_hidden_layers",
+        "hidden_size",
+        "num_attention_heads",
+        "intermediate_size",
+        "bias",
+        "max_position_embeddings",
+    )
+    words = {"yes": True, "no": False, "有": True, "无": False}
+    for name, folder in folders.items():
+        config = json.loads((folder / "config.json").read_text())
+        assert [words[cell] if cell in words else int(cell) for cell in rows[name][:6]] == [
+            config[key] for key in fields
+        ]
+        form = "–" if "chat" not in name else "early" if (folder / "variant.json").exists() else "later"
+        assert rows[name][6] in {"–": ("–",), "early": ("early", "早期"), "later": ("later", "后期")}[form]
+
+
+def _slug(heading: str) -> str:
+    """The anchor of a heading, as GitHub and the Hub make it."""
+    return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
+
+
+def _without_code(text: str) -> str:
+    return re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_links_lead_somewhere(name: str):
+    """Every relative link names a file of the repository, and every anchor a heading of its page."""
+    for target, anchor in re.findall(r"\]\((?!https?:)([^)#\s]*)(?:#([^)\s]*))?\)", _without_code(PAGES[name])):
+        path = (ROOT / name).parent / target if target else ROOT / name
+        assert path.exists(), f"{name} links to {target}, which does not exist"
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", _without_code(path.read_text(encoding="utf-8")), re.MULTILINE)
+            assert anchor in map(_slug, headings), f"{name} links to #{anchor}, which {path.name} lacks"
+
+
+@functools.cache
+def _options(command: str) -> set[str]:
+    """The options that `python COMMAND --help` lists."""
+    run = subprocess.run([sys.executable, *command.split(), "--help"], cwd=ROOT, capture_output=True, text=True)
+    return set(re.findall(r"--[a-z-]+", run.stdout)) if run.returncode == 0 else set()
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_commands_and_paths_exist(name: str):
+    """Every make target, script, option and path of the repository that a page names in code is there."""
+    found = re.findall(r"^```(?:shell|bash)\n(.*?)^```$|(?<!`)`([^`\n]+)`", PAGES[name], re.MULTILINE | re.DOTALL)
+    code = "\n".join(fence or inline for fence, inline in found)
+    missing = {
+        f"make {target}"
+        for target in re.findall(r"\bmake ([a-z][a-z-]*)", code)
+        if not re.search(rf"^{target}:", MAKEFILE, re.MULTILINE)
+    }
+    paths = re.findall(r"\b(?:tests|tools|docs|examples|benchmarks|checkpoints|variants|evaluation)/[\w./-]*", code)
+    missing |= {path for path in paths if not (ROOT / path).exists()}
+    commands: dict[str, set[str]] = {}
+    for command, arguments in re.findall(r"\bpython ([\w/]+\.py(?: [a-z]+\b)?)([^\n#]*)", code):
+        commands.setdefault(command, set()).update(re.findall(r"--[a-z-]+", arguments))
+    for command, options in commands.items():
+        missing |= {f"{command} {option}" for option in (options | {"--help"}) - _options(command)}
+    assert not missing, f"{name} names what does not exist: {sorted(missing)}"
+
+
+def test_generated_blocks_are_marked():
+    """The blocks that tools rewrite are where they look for them, once."""
+    for mark in ("matrix", "speed"):
+        assert re.findall(rf"<!-- (/?{mark}) -->", README) == [mark, f"/{mark}"]

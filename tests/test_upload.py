@@ -1,0 +1,916 @@
+"""upload_to_hub.py with the real huggingface_hub, over real HTTP, against the small Hub of tests/hub_server.py.
+
+huggingface_hub reads HF_ENDPOINT when it is imported, so whatever talks to the Hub runs in processes of its own: the
+command line itself where a test kills or interrupts it, and otherwise one worker that runs one command after another.
+"""
+
+import contextlib
+import io
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+from checkpoint_factory import pickled_checkpoint
+from conftest import GOLDEN, ROOT, TINY
+from hub_server import Hold, Hub, User, answer, drop, lose_answer
+from safetensors.torch import load_file, save_file
+
+import upload_to_hub
+from tools import hub_errors
+from tools.convert_files import ConversionError, Tensor, expected_shapes, write_shards
+from tools.hub_assemble import SMALL_FILES, assemble
+from tools.hub_card import fill_in_card
+from tools.hub_check import _check_finite, check_files, check_loading
+from tools.hub_variant import (
+    config_json,
+    detect,
+    generation_json,
+    load_config,
+    tokenizer_json,
+    variant_config,
+    variants,
+)
+
+
+TOKEN = "hf_thisMustNeverBePrinted"
+ASSEMBLE = ["--weights", str(TINY)]
+QUICK = ["--no-verify-local", "--no-verify-remote"]  # without starting processes that load the model
+
+WORKER = """
+import contextlib, io, json, os, sys
+sys.path.insert(0, sys.argv[1])
+from upload_to_hub import main
+for line in sys.stdin:
+    token, argv = json.loads(line)
+    os.environ["HF_TOKEN"] = token
+    text = io.StringIO()
+    with contextlib.redirect_stdout(text), contextlib.redirect_stderr(text):
+        try:
+            code = main(argv)
+        except SystemExit as end:
+            code = end.code
+    print(json.dumps([code, text.getvalue()]), flush=True)
+"""
+
+# What a user does with the line that the tool prints.
+SPEAK = """
+import json, sys
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+source = {"revision": sys.argv[2], "trust_remote_code": True}
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], **source, dtype="auto", device_map="auto")
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1], **source)
+ids = model.generate(**tokenizer("Coming to", return_tensors="pt"), max_new_tokens=8, do_sample=False)
+generator = pipeline("text-generation", sys.argv[1], **source)
+chat = generator([{"role": "user", "content": "Hello!"}], max_new_tokens=8, do_sample=False)
+print(json.dumps([tokenizer.decode(ids[0]), chat[0]["generated_text"][-1]["content"]]))
+"""
+
+
+def environment(hub: Hub, home: Path) -> dict[str, str]:
+    """What a process needs to talk to this Hub and to nothing else."""
+    settings = {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(home), "HF_HUB_OFFLINE": "0"}
+    return {**os.environ, **settings, "HF_TOKEN": TOKEN, "OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error"}
+
+
+def start(hub: Hub, home: Path, *argv: object) -> subprocess.Popen:
+    """The command line in a process of its own."""
+    command = [sys.executable, str(ROOT / "upload_to_hub.py"), *map(str, argv)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "encoding": "utf-8"}
+    return subprocess.Popen(command, env=environment(hub, home), **pipes)
+
+
+class Worker:
+    """A process in which the command line runs as often as wanted, so that its imports are paid for once."""
+
+    def __init__(self, hub: Hub, home: Path) -> None:
+        command = [sys.executable, "-c", WORKER, str(ROOT)]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "encoding": "utf-8"}
+        self.process = subprocess.Popen(command, env=environment(hub, home), **pipes)
+
+    def send(self, *argv: object, token: str = TOKEN) -> None:
+        self.process.stdin.write(json.dumps([token, [*map(str, argv)]]) + "\n")
+        self.process.stdin.flush()
+
+    def receive(self) -> tuple[int, str]:
+        """Exit code and everything that was printed."""
+        code, text = json.loads(self.process.stdout.readline())
+        assert TOKEN not in text
+        return code, text
+
+    def run(self, *argv: object, token: str = TOKEN) -> tuple[int, str]:
+        self.send(*argv, token=token)
+        return self.receive()
+
+    def close(self) -> None:
+        self.process.communicate()  # reads what nobody asked for: a full pipe would keep the process
+
+
+@pytest.fixture(scope="module")
+def hub() -> Iterator[Hub]:
+    with Hub(part_bytes=500_000) as hub:
+        hub.users[TOKEN] = User("user", organisations=("club",))
+        hub.users["hf_reader"] = User("reader", role="read")
+        yield hub
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """HF_HOME of the processes: no token file, an empty cache."""
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the runs assemble; the later ones find everything there."""
+    return tmp_path_factory.mktemp("upload") / "internlm-tiny"
+
+
+@pytest.fixture(scope="module")
+def unreachable(folder: Path, home: Path) -> Iterator[tuple[Hub, Worker]]:
+    """A run, started now and looked at last, against a Hub that drops every file: the client gives up in 30 s."""
+    with Hub() as hub:
+        hub.users[TOKEN] = User("user")
+        hub.on("PUT", "/lfs/", drop(after=100_000), times=1000)
+        worker = Worker(hub, home)
+        worker.send(*ASSEMBLE, "--local-dir", folder.with_name("dropped"), "--repo-id", "user/dropped", *QUICK)
+        yield hub, worker
+        worker.close()
+
+
+@pytest.fixture(scope="module")
+def uploaded(hub: Hub, home: Path, folder: Path, unreachable: object) -> SimpleNamespace:
+    """checkpoints/tiny uploaded as a user does it, with every check."""
+    hub.log.clear()
+    process = start(hub, home, *ASSEMBLE, "--local-dir", folder, "--repo-id", "user/internlm-tiny")
+    text, _ = process.communicate()
+    return SimpleNamespace(code=process.returncode, text=text, log=list(hub.log))
+
+
+@pytest.fixture(scope="module")
+def worker(hub: Hub, home: Path, uploaded: object) -> Iterator[Worker]:
+    worker = Worker(hub, home)
+    yield worker
+    worker.close()
+
+
+@pytest.fixture
+def quiet_hub(hub: Hub) -> Iterator[Hub]:
+    """The Hub with an empty log; the faults that a test switches on end with it."""
+    hub.log.clear()
+    yield hub
+    hub.faults.clear()
+
+
+def head(hub: Hub, repo_id: str, revision: str = "main") -> str:
+    return hub.repositories[repo_id].heads[revision]
+
+
+# The whole way
+
+
+def test_one_command_uploads_a_verified_private_repository(hub: Hub, uploaded: SimpleNamespace, folder: Path) -> None:
+    """The commit holds exactly the assembled files, in several parts where they are large, and is said to load."""
+    assert uploaded.code == 0, uploaded.text
+    assert TOKEN not in uploaded.text
+    commit = head(hub, "user/internlm-tiny")
+    assert f'from_pretrained("user/internlm-tiny", revision="{commit}", trust_remote_code=True' in uploaded.text
+    assert "It loads from there and says the same" in uploaded.text
+    repository = hub.repositories["user/internlm-tiny"]
+    assert repository.private
+    assert len(repository.commits) == 2  # the Hub's first, and ours
+    sent = {path: hub.read("user/internlm-tiny", path) for path in repository.commits[commit].files}
+    assert sent.keys() == {*SMALL_FILES, "model.safetensors", ".gitattributes"}
+    assert all(sent[path.name] == path.read_bytes() for path in folder.iterdir())
+    parts = [path for method, path in uploaded.log if method == "PUT"]
+    assert any(path.endswith("/4") for path in parts)
+
+
+def test_users_load_it_by_name_and_it_speaks(hub: Hub, uploaded: SimpleNamespace, home: Path) -> None:
+    """AutoModelForCausalLM and pipeline download the commit and generate."""
+    command = [sys.executable, "-c", SPEAK, "user/internlm-tiny", head(hub, "user/internlm-tiny")]
+    child = subprocess.run(command, env=environment(hub, home), capture_output=True, text=True, encoding="utf-8")
+    assert child.returncode == 0, child.stderr
+    continued, reply = json.loads(child.stdout.splitlines()[-1])
+    assert continued.startswith("<s>Coming to") and len(continued) > len("<s>Coming to")
+    assert reply
+
+
+def test_an_unchanged_second_upload_transfers_nothing(worker: Worker, quiet_hub: Hub, folder: Path) -> None:
+    before = head(quiet_hub, "user/internlm-tiny")
+    code, text = worker.run(*ASSEMBLE, "--local-dir", folder, "--repo-id", "internlm-tiny", *QUICK)
+    assert code == 0, text
+    assert "0 files of 0.00B are new or changed, 12 the same, 0 deleted, 1 not touched." in text
+    assert head(quiet_hub, "user/internlm-tiny") == before
+    assert {method for method, _ in quiet_hub.log} == {"GET"}
+
+
+def test_a_dry_run_shows_the_plan_and_writes_nothing(worker: Worker, quiet_hub: Hub, folder: Path) -> None:
+    old = {"config.json": (folder / "config.json").read_bytes(), "README.md": b"old", "pytorch_model.bin": b"pickle"}
+    quiet_hub.add_repository("user/old", {**old, "tokenizer.json": b"{}", "notes/results.txt": b"mine"})
+    argv = (*ASSEMBLE, "--local-dir", folder, "--repo-id", "user/old", "--no-verify-local", "--dry-run")
+    code, text = worker.run(*argv)
+    assert code == 0, text
+    plan = {line.split()[3]: line.split()[:2] for line in text.splitlines() if len(line.split()) == 4}
+    assert plan["config.json"][0] == "same"
+    assert plan["README.md"][0] == "changed"
+    assert plan["model.safetensors"][0] == "new"
+    assert plan["pytorch_model.bin"] == ["deleted", "-"]
+    assert plan["tokenizer.json"][0] == "deleted"
+    assert plan["notes/results.txt"][0] == "kept"
+    digest = subprocess.run(["sha256sum", folder / "model.safetensors"], capture_output=True, text=True).stdout.split()
+    assert plan["model.safetensors"][1] == digest[0]
+    assert {method for method, _ in quiet_hub.log} == {"GET"}
+
+
+def test_a_repository_of_others_is_overwritten_only_when_asked(worker: Worker, quiet_hub: Hub, folder: Path) -> None:
+    """Pickles and other tokenizers go, the owner's other files stay, and history keeps everything."""
+    quiet_hub.add_repository(
+        "user/mine", {"pytorch_model.bin": b"pickle", "modeling_old.py": b"", "photo.png": b"png"}
+    )
+    argv = (*ASSEMBLE, "--local-dir", folder, "--repo-id", "user/mine", *QUICK)
+    before = head(quiet_hub, "user/mine")
+    code, text = worker.run(*argv)
+    assert code == hub_errors.NameTaken.code
+    assert "was not made by this tool. Choose another --repo-id, or overwrite its files with --yes." in text
+    assert head(quiet_hub, "user/mine") == before
+    code, text = worker.run(*argv, "--yes")
+    assert code == 0, text
+    repository = quiet_hub.repositories["user/mine"]
+    files = repository.commits[head(quiet_hub, "user/mine")].files
+    assert files.keys() == {*SMALL_FILES, "model.safetensors", ".gitattributes", "photo.png"}
+    assert len(repository.commits) == 2
+    assert quiet_hub.count("PUT", "") == 0  # the Hub has these objects already
+    assert worker.run(*argv)[0] == 0  # and now the repository is this tool's
+
+
+def test_a_branch_and_a_pull_request(worker: Worker, quiet_hub: Hub, folder: Path) -> None:
+    """A new branch starts at main; a pull request leaves the branch alone and asks for no --yes."""
+    quiet_hub.add_repository("club/model", {"photo.png": b"png"})
+    main = head(quiet_hub, "club/model")
+    argv = (*ASSEMBLE, "--local-dir", folder, "--repo-id", "club/model", *QUICK)
+    code, text = worker.run(*argv, "--create-pr")
+    assert code == 0, text
+    assert f'revision="{head(quiet_hub, "club/model", "refs/pr/1")}"' in text
+    code, text = worker.run(*argv, "--revision", "v1", "--yes")
+    assert code == 0, text
+    assert f'revision="{head(quiet_hub, "club/model", "v1")}"' in text
+    assert head(quiet_hub, "club/model") == main
+
+
+def test_public_is_public(worker: Worker, quiet_hub: Hub, folder: Path) -> None:
+    argv = (*ASSEMBLE, "--local-dir", folder, "--repo-id", "user/open", *QUICK, "--public")
+    code, text = worker.run(*argv)
+    assert code == 0, text
+    assert not quiet_hub.repositories["user/open"].private
+
+
+# Failures: one message, an exit code, nothing lost, and a rerun that works
+
+
+def move_target(hub: Hub, repo_id: str):
+    """A fault: somebody commits to the repository at this moment."""
+
+    def act(request: object) -> None:
+        repository = hub.repositories[repo_id]
+        parent = repository.commits[repository.heads["main"]]
+        repository.commit("main", "somebody else's", {**parent.files}, parent.oid)
+
+    return act
+
+
+FAILURES = {
+    # name: (switches faults on, arguments, token, the error, its message)
+    "no token": (lambda hub: None, [], "", hub_errors.NotLoggedIn, "You are not logged in: run `hf auth login`"),
+    "wrong token": (lambda hub: None, [], "hf_wrong", hub_errors.NotLoggedIn, "does not accept the token"),
+    "read-only token": (lambda hub: None, [], "hf_reader", hub_errors.Forbidden, "The token may only read"),
+    "token without the right": (
+        lambda hub: hub.on("POST", "/repos/create", answer(403, "You don't have the rights")),
+        [],
+        TOKEN,
+        hub_errors.Forbidden,
+        "The token may not do this (You don't have the rights)",
+    ),
+    "unknown namespace": (
+        lambda hub: None,
+        ["--repo-id", "nobody/model"],
+        TOKEN,
+        hub_errors.NotFound,
+        "nobody/model does not exist, and this token can make repositories under user, club only.",
+    ),
+    "namespace gone when it is needed": (
+        lambda hub: hub.on("POST", "/repos/create", answer(404, "No such namespace")),
+        [],
+        TOKEN,
+        hub_errors.NotFound,
+        "The Hub knows no such place (No such namespace)",
+    ),
+    "name taken": (
+        lambda hub: hub.on("POST", "/repos/create", answer(409, "You already created this model repo")),
+        [],
+        TOKEN,
+        hub_errors.NameTaken,
+        "exists already, and this token may not see it",
+    ),
+    "not a name": (
+        lambda hub: None,
+        ["--repo-id", "user/a--b"],
+        TOKEN,
+        hub_errors.InputError,
+        "--repo-id user/a--b: ",
+    ),
+    "server down at the start": (
+        lambda hub: hub.on("GET", "/whoami", answer(503, "maintenance")),
+        [],
+        TOKEN,
+        hub_errors.ServerFailed,
+        "The Hub answered 503 at /api/whoami-v2 (maintenance)",
+    ),
+    "no network at the start": (
+        lambda hub: hub.on("GET", "/whoami", drop()),
+        [],
+        TOKEN,
+        hub_errors.NetworkLost,
+        "The connection to the Hub was lost",
+    ),
+    "server down at the commit": (
+        lambda hub: hub.on("POST", "/commit/", answer(500, "internal"), times=3),
+        [],
+        TOKEN,
+        hub_errors.ServerFailed,
+        "/commit/main (internal): run this again later, it continues.",
+    ),
+    "network down at the commit": (
+        lambda hub: hub.on("POST", "/commit/", drop(after=1000), times=3),
+        [],
+        TOKEN,
+        hub_errors.NetworkLost,
+        "files that arrived are not sent again",
+    ),
+    "card refused": (
+        lambda hub: None,
+        ["--card", "CARD"],
+        TOKEN,
+        hub_errors.LocalCheckFailed,
+        "README.md: its front matter, between two lines ---, must give a license at least.",
+    ),
+    "target moved after the plan": (
+        lambda hub: hub.on("POST", "/preupload/", move_target(hub, "user/failing")),
+        [],
+        TOKEN,
+        hub_errors.TargetMoved,
+        "Somebody committed to user/failing (main) meanwhile: run this again.",
+    ),
+    "target moved at the commit": (
+        lambda hub: hub.on("POST", "/commit/", move_target(hub, "user/failing")),
+        [],
+        TOKEN,
+        hub_errors.TargetMoved,
+        "Somebody committed to the target meanwhile",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FAILURES)
+def test_failures_have_one_message_and_a_rerun_works(
+    name: str, worker: Worker, quiet_hub: Hub, folder: Path, tmp_path: Path
+) -> None:
+    """Whatever fails, nothing is committed, and the same command succeeds when the cause is gone."""
+    (tmp_path / "card.md").write_text("# No front matter\n")
+    quiet_hub.repositories.pop("user/failing", None)
+    switch_on, more, token, error, message = FAILURES[name]
+    switch_on(quiet_hub)
+    argv = [*ASSEMBLE, "--local-dir", folder, "--repo-id", "user/failing", *QUICK]
+    more = [str(tmp_path / "card.md") if word == "CARD" else word for word in more]
+    code, text = worker.run(*argv, *more, token=token)
+    assert code == error.code, text
+    assert message in text
+    assert len([line for line in text.splitlines() if line.startswith("upload_to_hub.py: ")]) == 1
+    assert "Traceback" not in text
+    repository = quiet_hub.repositories.get("user/failing")
+    assert repository is None or not any("upload_to_hub.py" in c.title for c in repository.commits.values())
+    quiet_hub.faults.clear()
+    code, text = worker.run(*argv, *(["--yes"] if name.startswith("target moved") else []))
+    assert code == 0, text
+
+
+@pytest.mark.parametrize("fault", [drop(after=1000), lose_answer, answer(502, "bad gateway")])
+def test_a_commit_whose_answer_is_lost_is_made_once(fault, worker: Worker, quiet_hub: Hub, folder: Path) -> None:
+    """The client does not repeat a commit; this tool does, after a look at whether it arrived."""
+    quiet_hub.repositories.pop("user/lost", None)
+    quiet_hub.on("POST", "/commit/", fault)
+    code, text = worker.run(*ASSEMBLE, "--local-dir", folder, "--repo-id", "user/lost", *QUICK)
+    assert code == 0, text
+    assert f'revision="{head(quiet_hub, "user/lost")}"' in text
+    assert len(quiet_hub.repositories["user/lost"].commits) == 2
+    assert quiet_hub.count("POST", "/commit/") == (1 if fault is lose_answer else 2)
+
+
+def test_files_that_differ_after_the_commit_are_found(worker: Worker, quiet_hub: Hub, folder: Path) -> None:
+    def tamper(request: object) -> None:
+        repository = quiet_hub.repositories["user/tampered"]
+        repository.commits[repository.heads["main"]].files.pop("LICENSE")
+
+    quiet_hub.add_repository("user/tampered")
+    quiet_hub.on("GET", "/tree/", lambda request: None, times=2)  # the two looks before the commit
+    quiet_hub.on("GET", "/tree/", tamper)
+    code, text = worker.run(*ASSEMBLE, "--local-dir", folder, "--repo-id", "user/tampered", *QUICK)
+    assert code == hub_errors.RemoteCheckFailed.code
+    assert "is not what was sent (LICENSE): run this again." in text
+
+
+def sharded(folder: Path) -> Path:
+    """checkpoints/tiny in several shards."""
+    shutil.copytree(TINY, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    tensors = load_file(TINY / "model.safetensors")
+    listed = [Tensor(name, tuple(t.shape), t.dtype, lambda t=t: t) for name, t in sorted(tensors.items())]
+    size = sum(tensor.nbytes for tensor in listed)
+    assert len(write_shards(listed, folder, size // 3, progress=False)) > 2
+    return folder
+
+
+def test_a_killed_upload_continues_without_sending_finished_files_again(
+    worker: Worker, quiet_hub: Hub, home: Path, tmp_path: Path
+) -> None:
+    """SIGKILL while the last shard is on its way; before that the connection broke once in another one."""
+    weights, local = sharded(tmp_path / "sharded"), tmp_path / "out"
+    argv = ["--weights", weights, *ASSEMBLE[2:], "--local-dir", local, "--repo-id", "user/killed", *QUICK]
+    objects = {name: digest(weights / name) for name in sorted(os.listdir(weights)) if name.endswith(".safetensors")}
+    last = objects.popitem()[1]
+    hold = Hold()
+    quiet_hub.on("PUT", f"/lfs/{last}", hold)
+    quiet_hub.on("PUT", f"/lfs/{next(iter(objects.values()))}", drop(after=5000))
+    process = start(quiet_hub, home, *argv)
+    assert hold.reached.wait(90)
+    while not quiet_hub.objects.keys() >= set(objects.values()):
+        assert process.poll() is None
+        threading.Event().wait(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    hold.release.set()
+    assert "user/killed" in quiet_hub.repositories
+    assert len(quiet_hub.repositories["user/killed"].commits) == 1
+
+    quiet_hub.log.clear()
+    code, text = worker.run(*argv)
+    assert code == 0, text
+    assert quiet_hub.count("PUT", f"/lfs/{last}") > 0
+    assert quiet_hub.count("PUT", "/lfs/") == quiet_hub.count("PUT", f"/lfs/{last}")
+    assert len(quiet_hub.repositories["user/killed"].commits) == 2
+
+
+def digest(path: Path) -> str:
+    return subprocess.run(["sha256sum", path], capture_output=True, text=True, check=True).stdout.split()[0]
+
+
+def test_ctrl_c_in_the_middle_of_a_file_ends_at_once(
+    quiet_hub: Hub, home: Path, folder: Path, uploaded: object
+) -> None:
+    """The client alone would first send to the end what it has begun."""
+    weights = folder / "model.safetensors"
+    kept = quiet_hub.objects.pop(digest(weights))
+    hold = Hold()
+    quiet_hub.on("PUT", "/lfs/", hold, times=100)
+    process = start(quiet_hub, home, *ASSEMBLE, "--local-dir", folder, "--repo-id", "user/interrupted", *QUICK)
+    assert hold.reached.wait(90)
+    process.send_signal(signal.SIGINT)
+    text, _ = process.communicate(timeout=5)
+    hold.release.set()
+    quiet_hub.objects[digest(weights)] = kept
+    assert process.returncode == hub_errors.INTERRUPTED
+    assert text.endswith("Interrupted: run the same command again, it continues.\n")
+    assert "Traceback" not in text
+    assert len(quiet_hub.repositories["user/interrupted"].commits) == 1
+
+
+def test_a_connection_that_stays_away_is_reported_after_the_retries(unreachable: tuple[Hub, Worker]) -> None:
+    """Last, because the client tries for half a minute; the file that dropped was sent six times."""
+    hub, worker = unreachable
+    code, text = worker.receive()
+    assert code == hub_errors.NetworkLost.code
+    assert "run the same command again, files that arrived are not sent again." in text
+    assert "Traceback" not in text
+    assert hub.count("PUT", "/lfs/") >= 6
+    assert len(hub.repositories["user/dropped"].commits) == 1
+
+
+# The command line
+
+
+def run_here(*argv: object) -> tuple[int, str]:
+    """The command line in this process, for what does not reach the Hub."""
+    text = io.StringIO()
+    with contextlib.redirect_stdout(text), contextlib.redirect_stderr(text):
+        try:
+            code = upload_to_hub.main([*map(str, argv)])
+        except SystemExit as end:
+            code = end.code
+    return code, text.getvalue()
+
+
+def test_alone_it_says_what_it_needs() -> None:
+    code, text = run_here()
+    assert code == 2
+    assert "give --weights FOLDER (the old checkpoint), and --repo-id NAMESPACE/NAME" in text
+    assert "hf auth login" in text
+
+
+def test_help_lists_every_option_and_exit_code() -> None:
+    code, text = run_here("--help")
+    assert code == 0
+    codes = [error.code for error in hub_errors.UploadError.__subclasses__()]
+    assert len(set(codes)) == len(codes) == 11
+    for code in (0, 1, 2, hub_errors.INTERRUPTED, *codes):
+        assert f"\n  {code:3}  " in text
+    assert all(name in text.replace("\n", "").replace(" ", "") for name in variants())
+
+
+def test_it_asks_before_overwriting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a terminal it asks; elsewhere it refuses."""
+    target = SimpleNamespace(foreign=True, repo_id="a/b", revision="main")
+    arguments = SimpleNamespace(yes=False, create_pr=False)
+    asked: list[str] = []
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(isatty=lambda: True))
+    monkeypatch.setattr("builtins.input", lambda question: asked.append(question) or "y")
+    upload_to_hub._confirm(target, arguments)
+    assert asked == ["a/b (main) holds files, and was not made by this tool. Overwrite? [y/N] "]
+    monkeypatch.setattr("builtins.input", lambda question: "")
+    with pytest.raises(hub_errors.NameTaken):
+        upload_to_hub._confirm(target, arguments)
+
+
+def test_a_mistake_in_the_tool_shows_a_traceback_without_the_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    def mistake(*_: object) -> None:
+        raise RuntimeError(f"unexpected {TOKEN}")
+
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    monkeypatch.setattr(upload_to_hub, "_assemble", mistake)
+    code, text = run_here("--weights", TINY, "--local-dir", "unused")
+    assert code == 1
+    assert "RuntimeError: unexpected hf_***" in text
+    assert TOKEN not in text
+
+
+# Assembling
+
+SMALL = {
+    "architectures": ["InternLMForCausalLM"],
+    "model_type": "internlm",
+    "vocab_size": 103168,
+    "hidden_size": 4,
+    "intermediate_size": 8,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 1,
+    "max_position_embeddings": 64,
+    "bias": True,
+    "pad_token_id": 2,
+    "torch_dtype": "float16",
+    "rope_theta": 10000.0,
+    "rope_scaling": None,
+}
+
+
+def old_folder(folder: Path, **changes: object) -> Path:
+    """A folder of 2023: sharded pickles, the official tokenizer, a config.json in an old dialect."""
+    config = {key: value for key, value in {**SMALL, **changes}.items() if value is not ...}
+    state = {name: torch.ones(shape, dtype=torch.float16) for name, shape in expected_shapes(SMALL).items()}
+    pickled_checkpoint(folder, state, config, inv_freq=True)
+    shutil.copy(GOLDEN / "tokenizer.model", folder)
+    shutil.copy(GOLDEN / "hub_20b" / "generation_config.json", folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def old(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return old_folder(tmp_path_factory.mktemp("old") / "weights")
+
+
+def test_a_folder_of_2023_becomes_a_repository(old: Path, tmp_path: Path) -> None:
+    """Pickles are converted; what the checkpoint says about itself stays, in today's form; the rest is ours."""
+    before = sorted(path.name for path in old.iterdir())
+    made = assemble(old, tmp_path / "out", "internlm-tiny", progress=False)
+    assert sorted(path.name for path in made.out.iterdir()) == sorted(made.files)
+    assert sorted(made.files) == sorted([*SMALL_FILES, "model.safetensors"])
+    check_files(made.out)
+    assert sorted(path.name for path in old.iterdir()) == before
+    config = json.loads((made.out / "config.json").read_text())
+    assert config["rotary"] == {"type": "dynamic", "base": 10000.0, "scaling_factor": 1.0}
+    assert (config["dtype"], config["bias"], config["pad_token_id"]) == ("float16", True, 0)
+    assert config["auto_map"] == variant_config("internlm-20b")["auto_map"]
+    assert not {"rope_theta", "rope_scaling", "torch_dtype"} & config.keys()
+    generation = json.loads((made.out / "generation_config.json").read_text())
+    assert generation == {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    assert made.notes == [
+        "variant internlm-tiny, as asked",
+        "config.json: pad_token_id 2 becomes 0 (<unk>): a stop token must not pad",
+    ]
+
+
+def test_weights_are_links_and_a_second_run_changes_nothing(tiny_dir: Path, tmp_path: Path) -> None:
+    made = assemble(TINY, tmp_path / "out", *ASSEMBLE[3:], progress=False)
+    assert os.path.samefile(TINY / "model.safetensors", made.out / "model.safetensors")
+    assert not os.path.samefile(ROOT / "LICENSE", made.out / "LICENSE")  # editing one must not change the other
+    before = (made.out / "model.safetensors").stat()
+    assemble(TINY, tmp_path / "out", *ASSEMBLE[3:], progress=False)
+    assert (made.out / "model.safetensors").stat() == before
+    assert all((tiny_dir / name).read_bytes() == (made.out / name).read_bytes() for name in made.files)
+
+
+def test_where_links_are_impossible_weights_are_copied_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_link(*_: object) -> None:
+        raise OSError(18, "Invalid cross-device link")
+
+    monkeypatch.setattr(os, "link", no_link)
+    made = assemble(TINY, tmp_path / "out", *ASSEMBLE[3:], progress=False)
+    copied = made.out / "model.safetensors"
+    assert copied.read_bytes() == (TINY / "model.safetensors").read_bytes()
+    before = copied.stat().st_ino
+    assemble(TINY, tmp_path / "out", *ASSEMBLE[3:], progress=False)
+    assert copied.stat().st_ino == before
+
+
+@contextlib.contextmanager
+def full_disk(room: int) -> Iterator[None]:
+    """Files may grow to `room` bytes: what is written beyond it fails as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("room", [1_000_000, 1_654_000])  # in the weights; in tokenizer.model
+def test_a_full_disk_leaves_nothing_half_written_and_a_rerun_continues(room: int, old: Path, tmp_path: Path) -> None:
+    argv = ["--weights", old, "--variant", "internlm-tiny", "--local-dir", tmp_path / "out", "--no-verify-local"]
+    with full_disk(room):
+        code, text = run_here(*argv)
+    assert code == hub_errors.DiskFull.code, text
+    assert "Once there is room, the same command continues." in text
+    assert not list((tmp_path / "out").glob("*.partial"))
+    code, text = run_here(*argv)
+    assert code == 0, text
+    check_files(tmp_path / "out")
+
+
+def test_too_small_a_disk_is_found_before_anything_is_written(
+    old: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(hub_errors.DiskFull, match="has 0.00 GB free, and 0.00 GB are needed"):
+        assemble(old, tmp_path / "out", "internlm-tiny", progress=False)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def pointer(path: Path) -> None:
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n")
+
+
+def break_config(folder: Path, **changes: object) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+BAD_FOLDERS = {
+    "no config": (lambda f: (f / "config.json").unlink(), "config.json"),
+    "config is a pointer": (lambda f: pointer(f / "config.json"), "config.json is a Git LFS pointer"),
+    "another model": (lambda f: break_config(f, model_type="internlm2"), "says model_type='internlm2'"),
+    "quantised": (lambda f: break_config(f, quantization_config={}), "is quantised: give the unquantised"),
+    "a field out of range": (lambda f: break_config(f, rms_norm_eps=-1), "rms_norm_eps=-1 is not allowed"),
+    "no tokenizer": (lambda f: (f / "tokenizer.model").unlink(), "tokenizer.model is missing: put InternLM's there"),
+    "tokenizer is a pointer": (lambda f: pointer(f / "tokenizer.model"), "tokenizer.model is a Git LFS pointer"),
+    "tokenizer is empty": (lambda f: (f / "tokenizer.model").write_bytes(b""), "not a complete SentencePiece model"),
+    "vocabulary too small": (lambda f: break_config(f, vocab_size=1000), "103168 pieces, the model only 1000"),
+    "no weights": (lambda f: [path.unlink() for path in f.glob("pytorch*")], "holds no weights"),
+    "a shard missing": (lambda f: sorted(f.glob("pytorch*.bin"))[0].unlink(), "is missing; fetch it again"),
+    "a shard is a pointer": (lambda f: pointer(sorted(f.glob("pytorch*.bin"))[0]), "is a Git LFS pointer"),
+    "biases against the config": (lambda f: break_config(f, bias=False), 'set "bias": true'),
+    "safetensors is a pointer": (lambda f: pointer(f / "model.safetensors"), "is a Git LFS pointer, not the weights"),
+    "safetensors cut short": (
+        lambda f: (f / "model.safetensors").write_bytes((TINY / "model.safetensors").read_bytes()[:-1]),
+        "is truncated or not a weight file",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FOLDERS)
+def test_a_bad_folder_gets_one_clear_message(name: str, old: Path, tmp_path: Path) -> None:
+    spoil, message = BAD_FOLDERS[name]
+    weights = tmp_path / "weights"
+    shutil.copytree(old, weights)
+    spoil(weights)
+    argv = ["--weights", weights, "--variant", "internlm-tiny", "--local-dir", tmp_path / "out", "--no-verify-local"]
+    code, text = run_here(*argv)
+    assert code == hub_errors.InputError.code, text
+    assert message in text
+    assert text.count("upload_to_hub.py: ") == 1 and "Traceback" not in text
+
+
+def test_what_lies_in_the_target_is_not_lost(old: Path, tmp_path: Path) -> None:
+    """Neither foreign files nor another checkpoint's weights, nor the weights themselves."""
+    (tmp_path / "thesis.tex").write_text("mine")
+    with pytest.raises(hub_errors.InputError, match="thesis.tex"):
+        assemble(old, tmp_path, "internlm-tiny", progress=False)
+    assert (tmp_path / "thesis.tex").read_text() == "mine"
+    with pytest.raises(hub_errors.InputError, match="is in use"):
+        assemble(old, old, "internlm-tiny", progress=False)
+    other = tmp_path / "other"
+    other.mkdir()
+    save_file({"a": torch.ones(1)}, other / "model-00001-of-00002.safetensors")
+    for weights in (old, TINY):  # converted, linked
+        with pytest.raises((hub_errors.InputError, ConversionError), match="holds .*model-00001-of-00002.safetensors"):
+            assemble(weights, other, "internlm-tiny", progress=False)
+    assert (other / "model-00001-of-00002.safetensors").exists()
+
+
+# Variants
+
+
+def config_of(folder: Path, variant: str, **changes: object) -> tuple:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps({**variant_config(variant), **changes}))
+    return load_config(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "variant", "changes", "found"),
+    [
+        ("internlm-20b", "internlm-20b", {}, "internlm-20b"),
+        ("InternLM-Chat-20B-mine", "internlm-20b", {}, "internlm-chat-20b"),
+        ("models--internlm--internlm-chat-7b/snapshots/0a1b", "internlm-7b", {}, "internlm-chat-7b"),
+        ("internlm-chat-7b-v1_1", "internlm-7b", {}, "internlm-chat-7b-v1_1"),
+        ("anything", "internlm-7b", {"max_position_embeddings": 8192}, "internlm-chat-7b-8k"),
+        ("internlm-7b-longer", "internlm-7b", {"max_position_embeddings": 32768}, "internlm-7b"),
+        ("internlm-7b-more-tokens", "internlm-7b", {"vocab_size": 103424}, "internlm-7b"),
+    ],
+)
+def test_the_variant_is_found(name: str, variant: str, changes: dict, found: str, tmp_path: Path) -> None:
+    config, _ = config_of(tmp_path / name, variant, **changes)
+    assert detect(tmp_path / name, config, None)[0] == found
+
+
+def test_a_variant_that_is_not_clear_is_asked_for(tmp_path: Path) -> None:
+    config, _ = config_of(tmp_path / "weights", "internlm-20b")
+    with pytest.raises(hub_errors.InputError, match="can be internlm-20b or internlm-chat-20b.*--variant"):
+        detect(tmp_path / "weights", config, None)
+    assert detect(tmp_path / "weights", config, "internlm-chat-20b")[0] == "internlm-chat-20b"
+    with pytest.raises(hub_errors.InputError, match="is not internlm-7b"):
+        detect(tmp_path / "weights", config, "internlm-7b")
+    with pytest.raises(hub_errors.InputError, match="--variant internlm-30b is unknown: choose one of internlm-20b"):
+        detect(tmp_path / "weights", config, "internlm-30b")
+    config, _ = config_of(tmp_path / "weights", "internlm-20b", num_hidden_layers=61)
+    with pytest.raises(hub_errors.InputError, match="has the sizes of no variant"):
+        detect(tmp_path / "weights", config, None)
+
+
+def test_the_published_20b_config_becomes_ours() -> None:
+    """In 2023's dialect it says the same, except for the padding."""
+    config, raw = load_config(GOLDEN / "hub_20b")
+    notes: list[str] = []
+    assert config_json("internlm-20b", config, raw, "float32", notes) == variant_config("internlm-20b")
+    assert notes == ["config.json: pad_token_id 2 becomes 0 (<unk>): a stop token must not pad"]
+
+
+def test_a_fine_tuned_models_own_settings_stay_and_are_said(tmp_path: Path) -> None:
+    changes = {"max_position_embeddings": 16384, "rotary": {"type": "origin", "base": 40889.9}, "vocab_size": 103424}
+    config, raw = config_of(tmp_path / "internlm-20b", "internlm-20b", **changes)
+    notes: list[str] = []
+    made = config_json("internlm-20b", config, raw, "float32", notes)
+    assert (made["max_position_embeddings"], made["vocab_size"]) == (16384, 103424)
+    assert made["rotary"] == {"type": "origin", "base": 40889.9, "scaling_factor": 1.0}
+    assert len(notes) == 3
+    assert "config.json: max_position_embeddings 16384 is the checkpoint's own (internlm-20b has 4096)" in notes
+
+
+@pytest.mark.parametrize("variant", [name for name in variants() if name != "internlm-tiny"])
+def test_chat_variants_stop_at_eoa_and_base_variants_do_not(variant: str) -> None:
+    """<eoa> is looked up in the tokenizer; the published settings name only </s>."""
+    notes: list[str] = []
+    made = generation_json(variant, GOLDEN / "hub_20b", GOLDEN / "tokenizer.model", notes)
+    assert made == {"bos_token_id": 1, "eos_token_id": [2, 103028] if "chat" in variant else 2, "pad_token_id": 0}
+    assert bool(notes) == ("chat" in variant)
+
+
+def test_sampling_settings_of_the_checkpoint_stay(tmp_path: Path) -> None:
+    own = {"temperature": 0.5, "do_sample": True, "eos_token_id": [2, 103027], "transformers_version": "4.33.1"}
+    (tmp_path / "generation_config.json").write_text(json.dumps(own))
+    made = generation_json("internlm-chat-7b", tmp_path, GOLDEN / "tokenizer.model", [])
+    assert made == {
+        **{"bos_token_id": 1, "eos_token_id": [2, 103027, 103028], "pad_token_id": 0},
+        **{"temperature": 0.5, "do_sample": True},
+    }
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("added_tokens.json", {"<|b|>": 2049, "<|a|>": 2048, "<unk>": 0}),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"2048": {"content": "<|a|>", "special": True}}}),
+        ("tokenizer.json", {"added_tokens": [{"id": 2048, "content": "<|a|>", "special": True}]}),
+    ],
+)
+def test_tokens_added_to_a_tokenizer_stay(file: str, content: dict, tiny_dir: Path, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    own, made = tmp_path / "own", tmp_path / "made"
+    own.mkdir()
+    (own / file).write_text(json.dumps(content))
+    notes: list[str] = []
+    settings = tokenizer_json(own, 2048, 2112, notes)
+    assert len(notes) == 1 and "added tokens are the checkpoint's own (<|" in notes[0]
+    shutil.copytree(tiny_dir, made, ignore=shutil.ignore_patterns("*.safetensors", "tokenizer_config.json"))
+    (made / "tokenizer_config.json").write_text(json.dumps(settings))
+    tokenizer = AutoTokenizer.from_pretrained(made, trust_remote_code=True)
+    assert tokenizer("<|a|>", add_special_tokens=False).input_ids == [2048]
+    assert tokenizer.decode([2048]) == "<|a|>"
+
+
+def test_added_tokens_with_a_gap_or_without_a_row_are_refused(tmp_path: Path) -> None:
+    for number, vocab_size in ((2050, 2112), (2048, 2048)):
+        (tmp_path / "added_tokens.json").write_text(json.dumps({"<|a|>": number}))
+        with pytest.raises(hub_errors.InputError, match="must follow the 2048 pieces"):
+            tokenizer_json(tmp_path, 2048, vocab_size, [])
+
+
+@pytest.mark.parametrize("variant", variants())
+def test_the_card_is_the_variants(variant: str) -> None:
+    """Name, base model, snippets and sections; no link to a file that is not uploaded."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    card = fill_in_card(text, variant, variant_config(variant), f"me/{variant}")
+    _, front, body = card.split("---\n", 2)
+    metadata = yaml.safe_load(front)
+    assert metadata["license"] == "apache-2.0"
+    family = "internlm/internlm-20b" if variant.endswith("20b") else "internlm/internlm-7b"
+    assert metadata.get("base_model") == (family if "chat" in variant else None)
+    assert body.strip().lower().startswith(f"# {variant}")
+    assert body.count(f'repo = "me/{variant}"') >= 2  # in English and in Chinese
+    assert '"internlm/internlm-20b"' not in body
+    assert ("## Evaluation" in body) == ("## 评测" in body) == (variant == "internlm-20b")
+    assert "## License" in body and "## 开源许可证" in body and "make test" not in body
+    assert "](docs/" not in body and "](#" in body and "](https://" in body
+
+
+# The check of a folder
+
+
+def replace(path: Path, old_text: str, new_text: str) -> None:
+    """Change a file of an assembled folder, which may be a link: never in place."""
+    content = path.read_text(encoding="utf-8")
+    assert old_text in content
+    path.unlink()
+    path.write_text(content.replace(old_text, new_text, 1), encoding="utf-8")
+
+
+UNSOUND = {
+    "a pickle": (lambda f: (f / "pytorch_model.bin").write_bytes(b""), "does not belong.*pytorch_model.bin"),
+    "a file missing": (lambda f: (f / "LICENSE").unlink(), "lacks LICENSE"),
+    "a pointer": (lambda f: pointer(f / "tokenizer.model"), "Git LFS pointers instead of files: tokenizer.model"),
+    "auto_map": (
+        lambda f: replace(f / "config.json", "modeling_internlm.InternLMModel", "modeling_internlm.Nothing"),
+        "auto_map's AutoModel names modeling_internlm.Nothing",
+    ),
+    "a foreign import": (
+        lambda f: replace(f / "modeling_internlm.py", "import threading", "import einops.layers"),
+        r"modeling_internlm.py, line \d+: users may not have einops.layers",
+    ),
+    "card": (lambda f: replace(f / "README.md", "license: ", "licence: "), "must give a license"),
+    "card's yaml": (lambda f: replace(f / "README.md", "license: ", "license: ["), "README.md: its front matter"),
+    "another config": (
+        lambda f: replace(f / "config.json", '"num_hidden_layers": 2', '"num_hidden_layers": 3'),
+        "The weights lack model.layers.2",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNSOUND)
+def test_an_unsound_folder_is_not_uploaded(name: str, old: Path, tmp_path: Path) -> None:
+    spoil, message = UNSOUND[name]
+    made = assemble(old, tmp_path / "out", "internlm-tiny", progress=False)
+    check_files(made.out)
+    spoil(made.out)
+    with pytest.raises((hub_errors.LocalCheckFailed, ConversionError), match=message):
+        check_files(made.out)
+
+
+def test_damaged_numbers_are_found(tmp_path: Path) -> None:
+    save_file({"good": torch.ones(3), "bad": torch.tensor([1.0, float("nan")])}, tmp_path / "model.safetensors")
+    with pytest.raises(hub_errors.LocalCheckFailed, match="bad holds NaN or infinite values"):
+        _check_finite(tmp_path)
+
+
+def test_a_folder_that_does_not_load_is_reported_by_its_own_error(old: Path, tmp_path: Path) -> None:
+    """The fresh process's message, in one line."""
+    made = assemble(old, tmp_path / "out", "internlm-tiny", progress=False)
+    replace(made.out / "modeling_internlm.py", "import threading", "raise RuntimeError('broken on purpose')")
+    with pytest.raises(hub_errors.LocalCheckFailed, match="does not load: RuntimeError: broken on purpose"):
+        check_loading(str(made.out))

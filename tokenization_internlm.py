@@ -1,0 +1,521 @@
+"""The InternLM v1 tokenizer: a SentencePiece BPE model with byte fallback, run by the Rust `tokenizers` library.
+
+SentencePiece and nothing more, except:
+* `<s>`, `</s>`, `<unk>` and the user-defined pieces (`<eoh>`, `<eoa>`, ...) in a text become their ids, as in the
+  official tokenizer; `split_special_tokens=True` encodes all of them as plain text.
+* NUL is the piece that the model has for it (354), as in 2023; sentencepiece 0.2 encodes it as byte 0.
+* Special tokens decode to their names, or to nothing with `skip_special_tokens=True`.
+* `apply_chat_template` never turns text from a message, tool or document into a control token.
+
+`tokenizer.model` is read here, with a few lines of protobuf wire format: neither protobuf nor sentencepiece is needed.
+"""
+
+import copy
+import json
+import os
+import re
+import shutil
+import struct
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import fields, is_dataclass
+from itertools import groupby
+from typing import Any
+
+from tokenizers import AddedToken, Tokenizer, decoders, normalizers, processors
+from tokenizers.models import BPE
+from transformers import PreTrainedTokenizerFast
+from transformers.utils.chat_template_utils import get_json_schema
+from transformers.utils.generic import to_py_obj
+
+
+_SPACE = "\u2581"  # how SentencePiece writes a space inside a piece
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6  # SentencePiece.Type in sentencepiece_model.proto
+_TRAINER, _NORMALIZER = 2, 3  # fields of its ModelProto; field 1 is a piece
+# What a model must say to be encoded as here: (message, field) -> name, the value needed, the value when unset.
+_SETTINGS = {
+    (_TRAINER, 3): ("model_type (2 is BPE)", 2, 1),
+    (_TRAINER, 35): ("byte_fallback", 1, 0),
+    (_TRAINER, 24): ("treat_whitespace_as_suffix", 0, 0),
+    (_NORMALIZER, 2): ("precompiled_charsmap", b"", b""),
+    (_NORMALIZER, 3): ("add_dummy_prefix", 0, 1),
+    (_NORMALIZER, 4): ("remove_extra_whitespaces", 0, 1),
+    (_NORMALIZER, 5): ("escape_whitespaces", 1, 1),
+}
+_ROLE_HEADER = re.compile(r"<\|(User|Bot|System)\|>")
+_TOOL_CALL = re.compile(r"(?:^|\n)Action: *([^\n]*)(?:\nAction Input: *(.*?))?(?=\nAction: |\s*\Z)", re.DOTALL)
+_CLEANED = (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're")  # transformers' clean-up list
+
+
+def _varint(data: bytes, at: int) -> tuple[int, int]:
+    value = 0
+    for shift in range(0, 64, 7):
+        value |= (data[at] & 127) << shift
+        at += 1
+        if data[at - 1] < 128:
+            return value, at
+    raise ValueError(f"number too long at byte {at}")
+
+
+def _fields(data: bytes) -> list[tuple[int, Any]]:
+    """Split one protobuf message into (field number, int or bytes); LookupError or ValueError where it is broken."""
+    found, at, size = [], 0, len(data)
+    while at < size:
+        key, at = (data[at], at + 1) if data[at] < 128 else _varint(data, at)
+        kind = key & 7
+        if kind in (0, 2):  # a number, or the length of a string or message
+            value, at = (data[at], at + 1) if data[at] < 128 else _varint(data, at)
+        else:
+            value = {1: 8, 5: 4}[kind]
+        if kind:
+            if at + value > size:
+                raise ValueError(f"cut short at byte {size}")
+            value, at = data[at : at + value], at + value
+        found.append((key >> 3, value))
+    return found
+
+
+def _read_model(path: str | None) -> tuple[list[str], list[float], list[int]]:
+    """Read the pieces, scores and types of a SentencePiece model, in the order of their ids.
+
+    Raises:
+        ValueError: the file is missing, a Git LFS pointer, broken, or a model with settings other than InternLM's.
+            Not OSError: transformers replaces an OSError by one that says nothing about the cause.
+    """
+    if not path or not os.path.isfile(path):
+        raise ValueError("tokenizer.model is missing: put InternLM's into the folder, beside tokenizer_config.json.")
+    with open(path, "rb") as file:
+        data = file.read()
+    if data.startswith(b"version https://git-lfs"):
+        raise ValueError(
+            f"{path} is a Git LFS pointer ({len(data)} bytes), not the model: run `git lfs pull` in the folder, or "
+            "fetch the file with `hf download`."
+        )
+    settings, pieces, scores, types = {}, [], [], []
+    try:
+        for message, content in _fields(data):
+            if message == 1:
+                piece = dict(_fields(content))
+                pieces.append(piece[1].decode())
+                scores.append(struct.unpack("<f", piece.get(2, bytes(4)))[0])
+                types.append(piece.get(3, _NORMAL))
+            elif message in (_TRAINER, _NORMALIZER):
+                settings.update({(message, field): value for field, value in _fields(content)})
+        if not pieces or len(set(pieces)) < len(pieces) or types.count(_UNKNOWN) != 1 or not settings:
+            raise ValueError("pieces or settings are missing")
+    except (ValueError, LookupError, TypeError, AttributeError, struct.error) as error:
+        raise ValueError(
+            f"{path} ({len(data)} bytes) is not a complete SentencePiece model ({error!r}): fetch the file again."
+        ) from error
+    wrong = [
+        f"{name} is {settings.get(key, unset)!r:.20}, not {needed!r}"
+        for key, (name, needed, unset) in _SETTINGS.items()
+        if settings.get(key, unset) != needed
+    ]
+    if wrong or types.count(_BYTE) != 256 or set(types) - {_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE}:
+        raise ValueError(
+            f"{path} is not InternLM's but another model's tokenizer ({'; '.join(wrong) or 'its pieces differ'}): "
+            "load it with its own class, or put InternLM's file there."
+        )
+    return pieces, scores, types
+
+
+def _build_backend(path: str | None) -> Tokenizer:
+    """Make the Rust tokenizer that encodes as SentencePiece does with the model at `path`."""
+    pieces, scores, types = _read_model(path)
+    normal = {piece for piece, kind in zip(pieces, types, strict=True) if kind == _NORMAL}
+    # SentencePiece joins the neighbours whose union has the best score. The official model is glued from three, so its
+    # ids are not in the order of its scores. Sorting is stable: ties go by id.
+    ranked = sorted((i for i, kind in enumerate(types) if kind == _NORMAL), key=lambda i: -scores[i])
+    merges = [
+        (left, right)
+        for piece in (pieces[i] for i in ranked)
+        for cut in range(len(piece) - 1, 0, -1)
+        if (left := piece[:cut]) in normal and (right := piece[cut:]) in normal
+    ]
+    vocabulary = {piece: i for i, piece in enumerate(pieces)}
+    unknown = pieces[types.index(_UNKNOWN)]
+    backend = Tokenizer(BPE(vocab=vocabulary, merges=merges, unk_token=unknown, byte_fallback=True))
+    # No pre-tokenizer: with one and a vocabulary over 100,000, transformers tries a patch that may use the network.
+    backend.normalizer = normalizers.Replace(" ", _SPACE)
+    # For tools that use the backend alone. InternLMTokenizer.decode differs in invalid UTF-8 and in U+2581 from bytes.
+    backend.decoder = decoders.Sequence([decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
+    control = [piece for piece, kind in zip(pieces, types, strict=True) if kind in (_UNKNOWN, _CONTROL, _USER_DEFINED)]
+    backend.add_special_tokens([AddedToken(piece, special=True, normalized=False) for piece in control])
+    return backend
+
+
+def _load_backend(path: str) -> Tokenizer:
+    try:
+        return Tokenizer.from_file(path)
+    except Exception as error:  # tokenizers raises bare Exception
+        raise ValueError(f"{path} is not a tokenizer.json ({error}): fetch it again or delete it.") from error
+
+
+class _Uncopied:
+    """Hands a backend to transformers without the deep copy it makes of `tokenizer_object`, which takes a second."""
+
+    def __init__(self, backend: Tokenizer):
+        self.backend = backend
+
+    def __deepcopy__(self, memo: dict) -> Tokenizer:
+        return self.backend
+
+
+def _piece_bytes(piece: str) -> bytes:
+    if len(piece) == 6 and re.fullmatch("<0x[0-9A-F]{2}>", piece):
+        return bytes.fromhex(piece[3:5])
+    return piece.replace(_SPACE, " ").encode()
+
+
+def _join(pieces: Iterable[bytes]) -> str:
+    """Join pieces as SentencePiece does: each byte that is not part of valid UTF-8 becomes one U+FFFD."""
+    data = b"".join(pieces)
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return re.sub("[\udc80-\udcff]", "\ufffd", data.decode(errors="surrogateescape"))
+
+
+def _map_strings(value: Any, change: Callable[[str], str]) -> Any:
+    """Copy messages, tools or template variables with every string in them, keys too, changed."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {_map_strings(key, change): _map_strings(item, change) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_map_strings(item, change) for item in value]
+    if hasattr(value, "messages"):  # transformers' Chat and Conversation
+        return _map_strings(value.messages, change)
+    if callable(getattr(value, "model_dump", None)):  # pydantic
+        return _map_strings(value.model_dump(), change)
+    if is_dataclass(value) and not isinstance(value, type):
+        return {field.name: _map_strings(getattr(value, field.name), change) for field in fields(value)}
+    return value
+
+
+def _guard_role_headers(text: str, how: str) -> str:
+    if how not in ("break", "refuse"):
+        raise ValueError(f'role_headers={how!r} is not allowed: it must be "keep", "break" or "refuse".')
+    if how == "refuse" and (found := _ROLE_HEADER.search(text)):
+        raise ValueError(f"{found.group()!r} at character {found.start()} of a message starts a turn: remove it.")
+    return _ROLE_HEADER.sub(r"<| \1 |>", text)
+
+
+class InternLMTokenizer(PreTrainedTokenizerFast):
+    """Tokenizer of InternLM v1, fast, with offsets; the same class answers use_fast=True and use_fast=False.
+
+    Args:
+        vocab_file: path of tokenizer.model, a SentencePiece model. Its pieces, not this class, say which control
+            tokens there are.
+        tokenizer_file: path of a tokenizer.json that save_pretrained() wrote; preferred where both exist, because it
+            also holds added tokens.
+        add_bos_token, add_eos_token: put bos in front, eos at the end. Unset: what tokenizer.json says, else True and
+            False.
+        kwargs: what every transformers tokenizer takes. Unlike there, `padding_side` is "left" unless set.
+
+    Raises:
+        ValueError: a file is missing or broken; the message says which and what to do.
+    """
+
+    vocab_files_names = {"vocab_file": "tokenizer.model", "tokenizer_file": "tokenizer.json"}
+    model_input_names = ["input_ids", "attention_mask"]
+    padding_side = "left"
+    slow_tokenizer_class = None
+    _pieces: tuple[dict[int, bytes], frozenset[int]] | None = None  # made by the first decode()
+    _chat_backend: tuple[dict[str, str], Tokenizer] | None = None  # made by apply_chat_template()
+    _ready = False
+
+    def __init__(
+        self,
+        vocab_file: str | None = None,
+        tokenizer_file: str | None = None,
+        add_bos_token: bool | None = None,
+        add_eos_token: bool | None = None,
+        unk_token: str | AddedToken = "<unk>",
+        bos_token: str | AddedToken = "<s>",
+        eos_token: str | AddedToken = "</s>",
+        pad_token: str | AddedToken = "<unk>",
+        tokenizer_object: Tokenizer | None = None,
+        **kwargs: Any,
+    ):
+        backend = tokenizer_object
+        if backend is None:
+            backend = _load_backend(tokenizer_file) if tokenizer_file else _build_backend(vocab_file)
+        saved = json.loads(backend.post_processor.__getstate__()) if backend.post_processor else {}
+        if saved.get("type") == "TemplateProcessing":  # the only place where transformers 5 keeps the two flags
+            add_bos_token = "SpecialToken" in saved["single"][0] if add_bos_token is None else add_bos_token
+            add_eos_token = "SpecialToken" in saved["single"][-1] if add_eos_token is None else add_eos_token
+        # save_pretrained() writes the current value of those settings that were given to the base class.
+        for name in ("padding_side", "truncation_side"):
+            kwargs.setdefault(name, getattr(self, name))
+        for name in ("clean_up_tokenization_spaces", "split_special_tokens"):
+            kwargs.setdefault(name, False)
+        self.vocab_file = vocab_file
+        super().__init__(
+            tokenizer_object=_Uncopied(backend),
+            add_bos_token=True if add_bos_token is None else add_bos_token,
+            add_eos_token=bool(add_eos_token),
+            unk_token=unk_token,
+            bos_token=bos_token,
+            eos_token=eos_token,
+            pad_token=pad_token,
+            **kwargs,
+        )
+        self.add_bos_token = self.init_kwargs["add_bos_token"]
+        self.add_eos_token = self.init_kwargs["add_eos_token"]
+        self._ready = True
+        self.update_post_processor()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *inputs: Any, **kwargs: Any) -> Any:
+        """As in transformers; says what is wrong with a broken file where transformers does not."""
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, *inputs, **kwargs)
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"A JSON file of the tokenizer in {pretrained_model_name_or_path} is broken, or a Git LFS pointer "
+                f"({error}): run `git lfs pull` in the folder, or fetch tokenizer*.json again."
+            ) from error
+        except ImportError as error:
+            # Up to 5.0, whatever __init__ raises is replaced by "protobuf is missing" where protobuf is missing.
+            if isinstance(error.__context__, ValueError):
+                raise error.__context__ from None
+            raise
+
+    @classmethod
+    def convert_to_native_format(cls, **kwargs: Any) -> dict[str, Any]:
+        """Leave the files to __init__: transformers 5 would read them first, with protobuf or with merges by id."""
+        return kwargs
+
+    def __setattr__(self, key: str, value: Any) -> None:
+        super().__setattr__(key, value)
+        if self._ready and key.removesuffix("_id") in ("bos_token", "eos_token", "add_bos_token", "add_eos_token"):
+            self.update_post_processor()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What pickle and copy take along: everything but what can be made again."""
+        return {key: value for key, value in self.__dict__.items() if key not in ("_pieces", "_chat_backend")}
+
+    def update_post_processor(self) -> None:
+        """Make the backend add the bos and eos tokens of this moment: bos A [B] eos."""
+        bos: list[Any] = [self.bos_token] if self.add_bos_token and self.bos_token else []
+        eos: list[Any] = [self.eos_token] if self.add_eos_token and self.eos_token else []
+        before, after = [f"{token}:0" for token in bos], [f"{token}:0" for token in eos]
+        self._tokenizer.post_processor = processors.TemplateProcessing(
+            single=[*before, "$A:0", *after],
+            pair=[*before, "$A:0", "$B:0", *after],
+            special_tokens=[(token, self.convert_tokens_to_ids(token)) for token in {*bos, *eos}],
+        )
+
+    def add_tokens(self, new_tokens: Any, special_tokens: bool = False) -> int:
+        self._pieces = self._chat_backend = None
+        added = super().add_tokens(new_tokens, special_tokens=special_tokens)
+        if self._ready:
+            self.update_post_processor()  # a bos or eos token may have got its id only now
+        return added
+
+    @property
+    def all_special_tokens(self) -> list[str]:
+        """Every control token: unk, bos, eos, pad and what else the model or the user marked as special."""
+        added = self._tokenizer.get_added_tokens_decoder().values()
+        return list(dict.fromkeys([*super().all_special_tokens, *(token.content for token in added if token.special)]))
+
+    def decode(
+        self,
+        token_ids: Any,
+        skip_special_tokens: bool = False,
+        clean_up_tokenization_spaces: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Turn ids back into text, losslessly: the text of SentencePiece's decode, with special tokens by name.
+
+        Args:
+            token_ids: an id, a sequence of ids or a batch of sequences; lists, arrays or tensors.
+            skip_special_tokens: leave special tokens out.
+            clean_up_tokenization_spaces: remove the space before English punctuation, as the 2023 tokenizer always
+                did; it damages code. Unset: the attribute of that name, False by default.
+
+        Returns:
+            A string, or a list of strings for a batch.
+
+        Raises:
+            ValueError: an id is outside the vocabulary.
+        """
+        ids: Any = token_ids["input_ids"] if isinstance(token_ids, Mapping) else token_ids
+        if not (isinstance(ids, list) and ids and type(ids[0]) is int):
+            ids = to_py_obj(ids)
+            ids = [ids] if isinstance(ids, int) else ids
+            if ids and isinstance(ids[0], list | tuple):
+                return [self.decode(row, skip_special_tokens, clean_up_tokenization_spaces) for row in ids]
+        pieces, special_ids = self._piece_table()
+        try:
+            if skip_special_tokens and not special_ids.isdisjoint(ids):
+                # Bytes before and after a skipped token are not one character.
+                runs = groupby(ids, special_ids.__contains__)
+                text = "".join(_join(map(pieces.__getitem__, run)) for special, run in runs if not special)
+            else:
+                text = _join(map(pieces.__getitem__, ids))
+        except KeyError as error:
+            raise ValueError(
+                f"Token id {error} is outside the vocabulary (0 to {max(pieces)}). Replace labels of -100, with "
+                "pad_token_id for example, before they are decoded."
+            ) from None
+        clean = (
+            self.clean_up_tokenization_spaces if clean_up_tokenization_spaces is None else clean_up_tokenization_spaces
+        )
+        return self.clean_up_tokenization(text) if clean else text
+
+    def _piece_table(self) -> tuple[dict[int, bytes], frozenset[int]]:
+        """The bytes of every id, and the special ids; made at first use and after tokens were added."""
+        table = self._pieces
+        if table is None:
+            added = self._tokenizer.get_added_tokens_decoder()
+            pieces = {i: token.content.encode() for i, token in added.items()}
+            base = self._tokenizer.get_vocab(with_added_tokens=False)
+            pieces.update((i, _piece_bytes(piece)) for piece, i in base.items())
+            self._pieces = table = pieces, frozenset(i for i, token in added.items() if token.special)
+        return table
+
+    def convert_tokens_to_string(self, tokens: list[str]) -> str:
+        pieces, ids = self._piece_table()[0], map(self._tokenizer.token_to_id, tokens)
+        return _join(pieces[i] if i is not None else _piece_bytes(token) for i, token in zip(ids, tokens, strict=True))
+
+    def clean_up_tokenization(self, text: str) -> str:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Remove the spaces that the library removes; transformers 5.0 lacks this method."""
+        for spaced in _CLEANED:
+            text = text.replace(spaced, spaced.strip())
+        return text
+
+    def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str, ...]:
+        """Copy tokenizer.model, where this tokenizer still has one; return the path of the copy."""
+        if not self.vocab_file or not os.path.isfile(self.vocab_file):
+            return ()
+        name = (filename_prefix + "-" if filename_prefix else "") + self.vocab_files_names["vocab_file"]
+        target = os.path.join(save_directory, name)
+        if os.path.realpath(target) != os.path.realpath(self.vocab_file):
+            shutil.copyfile(self.vocab_file, target)
+        return (target,)
+
+    def _save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        file_names: tuple[str, ...],
+        legacy_format: bool | None = None,
+        filename_prefix: str | None = None,
+    ) -> tuple[str, ...]:
+        # A fast tokenizer saves tokenizer.json alone. Before push_to_hub uploads: hence not in save_pretrained.
+        files = super()._save_pretrained(save_directory, file_names, legacy_format, filename_prefix)
+        return (*files, *self.save_vocabulary(str(save_directory), filename_prefix))
+
+    def apply_chat_template(
+        self,
+        conversation: Any,
+        tools: Any = None,
+        documents: Any = None,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = False,
+        continue_final_message: bool | str = False,
+        tokenize: bool = True,
+        role_headers: str = "keep",
+        **kwargs: Any,
+    ) -> Any:
+        """Render a conversation, and encode it so that only the template's own control tokens are control tokens.
+
+        As in transformers, except that `<eoa>`, `</s>` and all other special tokens inside messages, tools, documents
+        and template variables are encoded as plain text, on every version and without being asked to
+        (`sanitize_control_tokens` is accepted and ignored). With tokenize=False the result is one plain string, which
+        cannot tell them apart: whoever encodes it later must not trust it.
+
+        Args:
+            role_headers: what to do where a message, tool or document holds `<|User|>`, `<|Bot|>` or `<|System|>`,
+                which are plain text to this model and start a turn: "keep" them, "break" them with spaces, or
+                "refuse" them with an error.
+
+        Raises:
+            ValueError: role_headers is "refuse" and there is one.
+        """
+        kwargs.pop("sanitize_control_tokens", None)
+        if role_headers != "keep":
+            conversation, tools, documents = _map_strings(
+                (conversation, tools, documents), lambda text: _guard_role_headers(text, role_headers)
+            )
+        tools = [get_json_schema(tool) if callable(tool) else tool for tool in tools] if tools else tools
+        trusted = {key: kwargs.pop(key) for key in self.SPECIAL_TOKENS_ATTRIBUTES if key in kwargs}
+        inputs = (conversation, tools, documents, kwargs)
+        tokenizer, marks = self, self._chat_marks(inputs, chat_template) if tokenize else {}
+        if marks:
+            table = str.maketrans(marks)
+            conversation, tools, documents, kwargs = _map_strings(inputs, lambda text: text.translate(table))
+            tokenizer = copy.copy(self)
+            tokenizer.__dict__["_tokenizer"] = self._marked_backend(marks)
+        return super(InternLMTokenizer, tokenizer).apply_chat_template(
+            conversation,
+            tools,
+            documents,
+            chat_template,
+            add_generation_prompt,
+            continue_final_message,
+            tokenize,
+            **trusted,
+            **kwargs,
+        )
+
+    @staticmethod
+    def parse_tool_calls(reply: str) -> dict[str, Any]:
+        """Turn a reply in the ReAct form of the chat template into a message; the template turns it back.
+
+        Args:
+            reply: text as generated, without control tokens: perhaps a thought, then any number of `Action: name`
+                lines, each followed by `Action Input:` and a JSON object.
+
+        Returns:
+            {"role": "assistant", "content": what stands before the first call}, and where there are calls also
+            "tool_calls", each {"type": "function", "function": {"name": str, "arguments": dict}}.
+
+        Raises:
+            ValueError: a call without a name, without arguments, or whose arguments are no JSON object.
+        """
+        calls, first = [], None
+        for found in _TOOL_CALL.finditer(reply):
+            first = found.start() if first is None else first
+            name, given = found.group(1).strip(), found.group(2)
+            try:
+                arguments = json.loads(given or "")
+            except json.JSONDecodeError:
+                arguments = None
+            if not name or not isinstance(arguments, dict):
+                raise ValueError(
+                    f"Not a tool call: {found.group().strip()!r}. It must be a line `Action: name` and then "
+                    "`Action Input:` with a JSON object; send this back as the tool's response, or generate anew."
+                )
+            calls.append({"type": "function", "function": {"name": name, "arguments": arguments}})
+        message = {"role": "assistant", "content": reply if first is None else reply[:first]}
+        return {**message, "tool_calls": calls} if calls else message
+
+    def _chat_marks(self, inputs: Any, chat_template: str | None) -> dict[str, str]:
+        """For every character that begins a special token and occurs in the inputs, a character that occurs nowhere.
+
+        With these in its place no special token can begin in the text of a user, whole or put together from several
+        strings. One for one, so that offsets stay those of the text.
+        """
+        strings: list[str] = [str(chat_template or self.chat_template)]
+        _map_strings(inputs, lambda text: strings.append(text) or text)
+        first = {token[0] for token in self.all_special_tokens}
+        used = set().union(*strings[1:])
+        free = (chr(code) for code in range(0xFDD0, 0x110000) if chr(code) not in used and chr(code) not in strings[0])
+        return dict(zip(sorted(first), free, strict=False)) if first & used else {}
+
+    def _marked_backend(self, marks: dict[str, str]) -> Tokenizer:
+        """A backend that reads the marks as the characters they stand for, but only after special tokens are found."""
+        known, backend = self._chat_backend or ({}, None)
+        if backend is None or known != marks:
+            backend = Tokenizer(self._tokenizer.model)  # the same model, not a copy
+            backend.normalizer = normalizers.Sequence(
+                [normalizers.Replace(mark, plain) for plain, mark in marks.items()] + [self._tokenizer.normalizer]
+            )
+            for _, token in sorted(self._tokenizer.get_added_tokens_decoder().items()):  # in order: ids are given so
+                state: Any = token.__getstate__()
+                backend.add_tokens([AddedToken(**state | {"normalized": token.normalized and not token.special})])
+            backend.decoder = self._tokenizer.decoder
+            self._chat_backend = marks, backend
+        return backend

@@ -1,0 +1,1 @@
+"""What the repository needs besides the package itself: conversion, upload, the version matrix, the tiny model."""
