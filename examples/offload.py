@@ -29,7 +29,8 @@ def main() -> None:
             max_memory={"cpu": arguments.memory},
             offload_folder=folder,
         )
-        places = Counter(str(place) for place in model.hf_device_map.values())
+        # A model that fits whole into one place has no map.
+        places = Counter(str(place) for place in getattr(model, "hf_device_map", {"": model.device}).values())
         print("parts of the model:", ", ".join(f"{count} on {place}" for place, count in places.items()))
         inputs = tokenizer(arguments.prompt, return_tensors="pt")
         output = model.generate(**inputs, max_new_tokens=30, do_sample=False)

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import multiprocessing
-import os
 import pickle
 import random
 import re
@@ -37,8 +36,10 @@ from tools.convert_checkpoint import ConversionError, main, pickles_to_safetenso
 SOURCES = pytest.mark.parametrize("source", [SEVEN, TWENTY], ids=lambda path: path.name)
 INDEX = "pytorch_model.bin.index.json"
 SECOND = "pytorch_model-00002-of-00003.bin"
-# Forked children start with everything imported: a killed conversion costs milliseconds.
-FORK = multiprocessing.get_context("fork")
+# Children of a server that has everything imported: a killed conversion costs milliseconds. Not forks of this process,
+# whose OpenMP threads would not survive the fork: the child waits for them for ever.
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["pytest", "torch._dynamo", "transformers.modeling_utils", "tools.convert_checkpoint"])
 
 
 def tree(folder: Path) -> dict[str, str]:
@@ -303,10 +304,20 @@ def big_checkpoint(folder: Path, megabytes: int = 24) -> Path:
     return folder
 
 
-def in_child(work: Callable[[], object]) -> multiprocessing.Process:
-    child = FORK.Process(target=lambda: sys.exit(work()))
+def leave_with(work: Callable[..., object], *arguments: object) -> None:
+    sys.exit(work(*arguments))
+
+
+def in_child(work: Callable[..., object], *arguments: object) -> multiprocessing.Process:
+    child = SERVER.Process(target=leave_with, args=(work, *arguments))
     child.start()
     return child
+
+
+def convert_with_a_full_disk(big: Path, new: Path) -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5_500_000, 5_500_000))
+    with pytest.raises(ConversionError, match="cannot be written.*File too large.*make room"):
+        pickles_to_safetensors(big, new, 6_500_000, progress=False)
 
 
 def test_a_full_disk_is_one_clear_error(tmp_path):
@@ -314,12 +325,7 @@ def test_a_full_disk_is_one_clear_error(tmp_path):
     big = big_checkpoint(tmp_path / "big")
     pickles_to_safetensors(big, tmp_path / "whole", 6_500_000, progress=False)
 
-    def limited() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (5_500_000, 5_500_000))
-        with pytest.raises(ConversionError, match="cannot be written.*File too large.*make room"):
-            pickles_to_safetensors(big, tmp_path / "new", 6_500_000, progress=False)
-
-    child = in_child(limited)
+    child = in_child(convert_with_a_full_disk, big, tmp_path / "new")
     child.join()
     assert child.exitcode == 0
     assert not tree(tmp_path / "new")
@@ -337,33 +343,36 @@ def test_too_small_a_disk_is_refused_before_writing(tmp_path, monkeypatch):
     assert not tree(tmp_path / "new")
 
 
-def wait_for(condition: Callable[[], bool], child: multiprocessing.Process) -> None:
-    while not condition() and child.is_alive():
+def wait_for(condition: Callable[[], bool], alive: Callable[[], bool]) -> None:
+    while not condition() and alive():
         time.sleep(0.0005)
 
 
-def test_ctrl_c_leaves_no_partial_file(tmp_path, capfd):
+def test_ctrl_c_leaves_no_partial_file(tmp_path):
     big, new = big_checkpoint(tmp_path / "big"), tmp_path / "new"
     pickles_to_safetensors(big, tmp_path / "whole", 4_000_000, progress=False)
-
-    def work() -> int:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        return run("safetensors", big, new, "--max-shard-size", "4MB")
-
-    child = in_child(work)
-    wait_for(lambda: any(new.glob("*.partial")), child)
-    os.kill(child.pid, signal.SIGINT)
-    child.join()
-    assert child.exitcode == 130 and "same command again" in capfd.readouterr().err
+    command = [
+        sys.executable,
+        ROOT / "tools" / "convert_checkpoint.py",
+        "safetensors",
+        big,
+        new,
+        "--max-shard-size=4MB",
+    ]
+    child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: any(new.glob("*.partial")), lambda: child.poll() is None)
+    child.send_signal(signal.SIGINT)
+    said = child.communicate(timeout=60)[1]
+    assert child.returncode == 130 and "same command again" in said
     assert not list(new.glob("*.partial")) and not (new / "model.safetensors.index.json").exists()
     assert run("safetensors", big, new, "--max-shard-size", "4MB") == 0
     assert tree(new) == tree(tmp_path / "whole")
 
 
-def time_of_writing(work: Callable[[], object], target: Path) -> float:
+def time_of_writing(command: str, source: Path, target: Path, options: list) -> float:
     """Seconds from the moment that a child's target appears to the child's end."""
-    child = in_child(work)
-    wait_for(target.exists, child)
+    child = in_child(run, command, source, target, *options)
+    wait_for(target.exists, child.is_alive)
     start = time.perf_counter()
     child.join()
     assert child.exitcode == 0
@@ -406,11 +415,11 @@ def test_kill_9_at_any_moment(command, tmp_path):
         options = ["--no-logits", "--no-tokenizer", "--copy"]
     assert run(command, source, tmp_path / "whole", *options) == 0
     before, whole, rng, killed, torn = tree(source), tree(tmp_path / "whole"), random.Random(5), 0, 0
-    duration = time_of_writing(lambda: run(command, source, tmp_path / "timed", *options), tmp_path / "timed")
+    duration = time_of_writing(command, source, tmp_path / "timed", options)
     for target in (tmp_path / f"new{n}" for n in range(20)):
         for _ in range(3):
-            child = in_child(lambda target=target: run(command, source, target, *options))
-            wait_for(target.exists, child)
+            child = in_child(run, command, source, target, *options)
+            wait_for(target.exists, child.is_alive)
             child.join(rng.uniform(0, duration))
             killed += child.is_alive()
             child.kill()
@@ -426,22 +435,23 @@ def test_kill_9_at_any_moment(command, tmp_path):
     assert killed >= 12 and torn >= 3 and tree(source) == before
 
 
-def test_peak_memory_is_about_one_shard(tmp_path):
-    """120 MB in six pickles of 20 MB, written as 30 MB shards: far less than the checkpoint is ever in memory."""
-    big = big_checkpoint(tmp_path / "big", 120)
+def convert_and_note_the_peak(big: Path, new: Path, peak: Path) -> None:
+    """Kilobytes that the conversion needs on top of what the process had, written to `peak`."""
 
     def field(name: str) -> int:
         return next(
             int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if name in line
         )
 
-    def work() -> int:
-        start = field("VmRSS")
-        pickles_to_safetensors(big, tmp_path / "new", 30_000_000, progress=False)
-        (tmp_path / "peak").write_text(str(field("VmHWM") - start))
-        return 0
+    start = field("VmRSS")
+    pickles_to_safetensors(big, new, 30_000_000, progress=False)
+    peak.write_text(str(field("VmHWM") - start))
 
-    child = in_child(work)
+
+def test_peak_memory_is_about_one_shard(tmp_path):
+    """120 MB in six pickles of 20 MB, written as 30 MB shards: far less than the checkpoint is ever in memory."""
+    big = big_checkpoint(tmp_path / "big", 120)
+    child = in_child(convert_and_note_the_peak, big, tmp_path / "new", tmp_path / "peak")
     child.join()
     assert child.exitcode == 0 and int((tmp_path / "peak").read_text()) < 60_000
 

@@ -98,9 +98,7 @@ def test_streamers(tiny_model, tiny_tokenizer, capsys, prompt):
     assert len([piece for piece in pieces if piece]) > 3 and not any("\ufffd" in piece for piece in pieces)
 
 
-@pytest.mark.parametrize(
-    "way", ("assistant", "early exit", "prompt lookup", "beams of one", "static", "sliced prefill")
-)
+@pytest.mark.parametrize("way", ("assistant", "early exit", "prompt lookup", "static", "sliced prefill"))
 @pytest.mark.parametrize("beyond", (False, True))
 def test_ways_to_the_same_text(tiny_model, tiny_dir, tiny_tokenizer, long_prompt, way, beyond):
     """Assisted decoding and its like are lossless, inside the window and across its end."""
