@@ -19,9 +19,11 @@ from typing import Any, Literal, NamedTuple
 import torch
 import transformers
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel, StoppingCriteria, TextIteratorStreamer
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
+from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
@@ -92,11 +94,20 @@ def _update_cache(cache: Cache, keys, values, layer_idx: int, cache_position):
     return cache.update(keys, values, layer_idx)
 
 
+# An exported program keeps its matrix products, for its runtime to choose from; is_exporting came with torch 2.7.
+_is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
+
 # End of the version block.
 
 
 # So many new tokens at most get a length L each, at the price of one attention each (see RotaryTables).
 _OWN_LENGTH_LIMIT = 32
+
+# So many logits at a time go through the loss: 128 MB of them in float32.
+_LOSS_PIECE = 2**25
+
+# Beyond so many windows nobody has seen dynamic NTK work; a longer text is read, with a warning.
+_SENSIBLE_WINDOWS = 8
 
 # A serving engine that keeps the keys itself hands one of these down to its attention function: vLLM's and SGLang's
 # transformers backends, and generate_batch. There is no read to correct and no row to measure, so keys and queries
@@ -113,10 +124,11 @@ class InternLMRMSNorm(nn.Module):
         self.variance_epsilon = eps
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        if hidden_states.dtype != self.weight.dtype:  # a quantised or mixed-precision model keeps norms in float32
-            normed = nn.functional.rms_norm(hidden_states.float(), self.weight.shape, None, self.variance_epsilon)
-            return self.weight * normed.to(self.weight.dtype)
-        return nn.functional.rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon)
+        weight = self.weight
+        if hidden_states.dtype != weight.dtype:  # a quantised or mixed-precision model keeps norms in float32
+            normed = nn.functional.rms_norm(hidden_states.float(), weight.shape, None, self.variance_epsilon)
+            return weight * normed.to(weight.dtype)
+        return nn.functional.rms_norm(hidden_states, weight.shape, weight, self.variance_epsilon)
 
     def extra_repr(self) -> str:
         return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"
@@ -242,6 +254,26 @@ def _rotary_tables(
     return RotaryTables(*_cos_sin(angles, embeds.dtype), read, cache_position)
 
 
+def _project(linear: Any, states: torch.Tensor) -> torch.Tensor:
+    """`linear(states)`; for one token on a CPU, torch.compile gets the product written out.
+
+    The weight is all that such a product reads, and the CPU's math libraries read it with one core: inductor's own
+    loop, which takes all of them, needs half the time on two (benchmarks/cpu.py, "compiled").
+    """
+    if not torch.compiler.is_compiling() or _is_exporting() or not _is_plain(linear):
+        return linear(states)
+    if states.device.type != "cpu" or states.shape[:-1].numel() != 1:
+        return linear(states)
+    product = (states.float().unsqueeze(-2) * linear.weight.float()).sum(-1)
+    return (product if linear.bias is None else product + linear.bias).to(states.dtype)
+
+
+def _is_plain(linear: Any) -> bool:
+    """Whether calling it is the product and nothing else: not quantised, adapted, sharded or hooked."""
+    plain = type(linear) is nn.Linear and type(linear.weight) is nn.Parameter
+    return plain and not (linear._forward_hooks or linear._forward_pre_hooks)
+
+
 class InternLMMLP(nn.Module):
     def __init__(self, config: InternLMConfig) -> None:
         super().__init__()
@@ -251,7 +283,8 @@ class InternLMMLP(nn.Module):
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+        gate, up = _project(self.gate_proj, hidden_states), _project(self.up_proj, hidden_states)
+        return _project(self.down_proj, self.act_fn(gate) * up)
 
 
 def eager_attention_forward(
@@ -299,14 +332,14 @@ class InternLMAttention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         cos, sin, read, cache_position = position_embeddings
         input_shape = hidden_states.shape[:-1]
-        queries, keys = self.q_proj(hidden_states), self.k_proj(hidden_states)  # (B, Q, E)
+        queries, keys = _project(self.q_proj, hidden_states), _project(self.k_proj, hidden_states)  # (B, Q, E)
         if input_shape[-1] == 1:  # one turn for both: for one token the number of operations is what costs
             both = torch.cat((queries, keys), dim=-1).view(*input_shape, -1, self.head_dim).transpose(1, 2)
             queries, keys = _rotate(both, cos, sin).chunk(2, dim=1)  # (B, H, Q, D)
         else:
             queries = _rotate(queries.view(*input_shape, -1, self.head_dim).transpose(1, 2), cos, sin)
             keys = _rotate(keys.view(*input_shape, -1, self.head_dim).transpose(1, 2), cos, sin)
-        values = self.v_proj(hidden_states).view(*input_shape, -1, self.head_dim).transpose(1, 2)
+        values = _project(self.v_proj, hidden_states).view(*input_shape, -1, self.head_dim).transpose(1, 2)
         if past_key_values is not None:  # keys and values become (B, H, K, D)
             keys, values = _update_cache(past_key_values, keys, values, self.layer_idx, cache_position)
 
@@ -318,7 +351,7 @@ class InternLMAttention(nn.Module):
         output, weights = attention_interface(
             self, queries, keys, values, attention_mask, dropout=0.0, scaling=self.scaling, **kwargs
         )
-        return self.o_proj(output.reshape(*input_shape, -1)), weights
+        return _project(self.o_proj, output.reshape(*input_shape, -1)), weights
 
 
 def _turned(
@@ -442,6 +475,7 @@ class InternLMModel(InternLMPreTrainedModel):
     """The decoder without a head: token ids (B, Q) -> hidden states (B, Q, E). Llama's, except the rotary tables."""
 
     _auto_class = "AutoModel"
+    _warned = False
 
     def __init__(self, config: InternLMConfig) -> None:
         super().__init__(config)
@@ -488,6 +522,7 @@ class InternLMModel(InternLMPreTrainedModel):
             past = past_key_values.get_seq_length() if past_key_values is not None else 0
             cache_position = torch.arange(new, device=device) + past
         key_length = new if past_key_values is None else _cache_length(past_key_values, cache_position)
+        self._warn_far_beyond_the_window(key_length)
         has_padding_mask = attention_mask is not None and attention_mask.dim() == 2
         if has_padding_mask:
             _check_mask(attention_mask, key_length, past_key_values)
@@ -520,6 +555,17 @@ class InternLMModel(InternLMPreTrainedModel):
             )
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
 
+    def _warn_far_beyond_the_window(self, key_length: int) -> None:
+        window = self.config.max_position_embeddings
+        if key_length <= _SENSIBLE_WINDOWS * window or self._warned or torch.compiler.is_compiling():
+            return
+        self._warned = True
+        logger.warning(
+            f"{key_length} tokens are more than {_SENSIBLE_WINDOWS} times the window of {window} that this model was "
+            "trained on. It reads on, but expect it to miss what stands far back and to repeat itself: shorten the "
+            f"text, best to {4 * window} tokens."
+        )
+
     def _embed(self, input_ids: torch.Tensor) -> torch.Tensor:
         if input_ids.shape[-1] == 0:
             raise ValueError("The prompt has no tokens: give at least one, for example tokenizer.bos_token_id.")
@@ -539,6 +585,30 @@ class InternLMModel(InternLMPreTrainedModel):
         )
 
     stream_chat = chat
+
+
+def _loss(function: Callable, logits: torch.Tensor, labels: torch.Tensor, vocab_size: int, **kwargs: Any) -> Any:
+    """The library's loss; of many logits in pieces, so that it never holds float32 copies of them all.
+
+    On 16,384 tokens of 103,168 pieces each of its copies takes 6.8 GB. Every piece is computed again for the backward
+    pass, and divided by the number of all labels, so that the sum is the loss of the whole.
+    """
+    size = max(1, _LOSS_PIECE // vocab_size)
+    if labels.numel() <= size or function is not ForCausalLMLoss:  # somebody's own loss may not be a sum over tokens
+        return function(logits=logits, labels=labels, vocab_size=vocab_size, **kwargs)
+    targets, count = kwargs.pop("shift_labels", None), kwargs.pop("num_items_in_batch", None)
+    ignored = kwargs.get("ignore_index", -100)
+    if targets is None:
+        targets = nn.functional.pad(labels, (0, 1), value=ignored)[..., 1:]
+    if count is None:
+        count = (targets != ignored).sum()
+    pieces = zip(logits.reshape(-1, vocab_size).split(size), targets.reshape(-1).split(size), strict=True)
+    parts = {"labels": None, "vocab_size": vocab_size, "num_items_in_batch": count, **kwargs}
+    losses = [
+        checkpoint(function, piece, use_reentrant=False, preserve_rng_state=False, shift_labels=target, **parts)
+        for piece, target in pieces
+    ]
+    return torch.stack(losses).sum()
 
 
 class InternLMForCausalLM(InternLMPreTrainedModel, GenerationMixin):
@@ -585,10 +655,10 @@ class InternLMForCausalLM(InternLMPreTrainedModel, GenerationMixin):
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        logits = _project(self.lm_head, outputs.last_hidden_state[:, kept])
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+            loss = _loss(self.loss_function, logits, labels, self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,

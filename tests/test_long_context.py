@@ -310,3 +310,69 @@ def test_decode_far_beyond_the_window(model, ids, length):
     one, tokens = shallow(model), torch.cat((ids, ids), dim=1)[:1, : length * WINDOW + 3]
     logits = forced_decode(one, tokens, length * WINDOW, length * WINDOW + 3, new_cache("dynamic", one))
     assert_near(logits[-1], one(tokens).logits[0, -1])
+
+
+@torch.no_grad()
+def test_a_text_beyond_anything_sensible_is_read_with_one_warning(model, ids, caplog):
+    """Beyond 8 windows: once, with the length and the window; not before."""
+    model.model._warned = False
+    tokens, past = torch.cat((ids, ids, ids), dim=1)[:1], new_cache("dynamic", model)
+    with caplog.at_level("WARNING"):
+        model(tokens[:, : 8 * WINDOW], past_key_values=past)
+        assert not caplog.records
+        for place in range(8 * WINDOW, 8 * WINDOW + 3):
+            assert model(tokens[:, place : place + 1], past_key_values=past).logits.isfinite().all()
+    assert [
+        record.getMessage() for record in caplog.records if "513 tokens are more than 8 times" in record.getMessage()
+    ]
+    assert len(caplog.records) == 1
+
+
+class Graph:
+    """A compiler that keeps the graph it is given."""
+
+    def __call__(self, graph, example_inputs):
+        self.operators = {str(node.target) for node in graph.graph.nodes}
+        return graph.forward
+
+
+@pytest.mark.parametrize("case", ("one token", "two rows", "hooked"))
+@torch.no_grad()
+def test_compiled_products_of_one_token_are_written_out(model, ids, case):
+    """On a CPU, so that all its cores read the weights; a hook of somebody's still runs. Logits are eager's."""
+    seen, graph, rows = [], Graph(), 2 if case == "two rows" else 1
+    handles = []
+    if case == "hooked":
+        linears = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
+        handles = [linear.register_forward_hook(lambda *_: seen.append(1)) for linear in linears]
+    torch.compiler.reset()
+    past, eager = new_cache("static", model), new_cache("static", model)
+    for cache in (past, eager):
+        model(ids[:rows, :20], past_key_values=cache)
+    expected = model(ids[:rows, 20:21], past_key_values=eager).logits
+    seen.clear()
+    logits = torch.compile(model, backend=graph)(ids[:rows, 20:21], past_key_values=past).logits
+    for handle in handles:
+        handle.remove()
+    assert_near(logits, expected)
+    assert any("linear" in operator for operator in graph.operators) == (case != "one token")
+    assert bool(seen) == (case == "hooked")
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+@torch.no_grad()
+def test_compiled_steps_of_one_row_are_eager_steps(dtype, model, ids):
+    """inductor's real kernels, across the window; in bfloat16, as near to the float32 model as eager steps are."""
+    torch.compiler.reset()
+    here = copy.deepcopy(model).to(dtype)
+    ways = [(torch.compile(here, fullgraph=True), here), (here, here), (model, model)]
+    caches = [new_cache("static", way) for _, way in ways]
+    for (_, way), cache in zip(ways, caches, strict=True):
+        way(ids[:1, :60], past_key_values=cache)
+    errors = []
+    for step in range(60, 70):
+        token = ids[:1, step : step + 1]
+        logits = [call(token, past_key_values=cache).logits for (call, _), cache in zip(ways, caches, strict=True)]
+        errors.append([(found.float() - logits[-1]).abs().mean() for found in logits[:2]])
+    compiled, eager = torch.tensor(errors).mean(0)
+    assert compiled < max(1.2 * eager, 1e-4)

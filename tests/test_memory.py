@@ -55,13 +55,10 @@ def test_a_decode_step_beyond_the_window_copies_no_more_than_a_few_layers_keys(m
     assert use.peak < 6 * LAYER_KEYS < KEY_CACHE / 2
 
 
-@pytest.mark.parametrize(
-    "dtype",
-    [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.xfail(strict=True, reason="a second copy"))],
-)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_loss_holds_one_float32_copy_of_the_logits(dtype):
     """Beside the logits and their gradient, in the model's dtype, that a training step needs anyway."""
-    length = 512
+    length = 2048
     model = our_model(SHAPE._replace(layers=1), dtype).train()
     ids = torch.arange(length)[None] % 1000
     logits = length * SHAPE.vocab
@@ -72,3 +69,34 @@ def test_the_loss_holds_one_float32_copy_of_the_logits(dtype):
     step()  # the parameters' gradients exist from here on
     use = memory_use(step)
     assert use.peak < (2 * dtype.itemsize + 4 + 0.5) * logits
+
+
+@pytest.mark.parametrize("arguments", ["labels", "shift_labels", "num_items_in_batch", "nothing to learn"])
+def test_the_loss_in_pieces_is_the_loss(arguments, modeling, monkeypatch):
+    """Value and gradients of the library's loss, however the labels are given; some of them do not count."""
+    model = our_model(SHAPE._replace(layers=1, vocab=500), torch.float32).train()
+    ids = torch.arange(2 * 37).view(2, -1) % 500
+    labels = torch.where(ids % 5 == 0, -100, ids) if arguments != "nothing to learn" else torch.full_like(ids, -100)
+    extra = {}
+    if arguments == "shift_labels":
+        extra["shift_labels"] = torch.nn.functional.pad(labels, (0, 1), value=-100)[:, 1:].contiguous()
+    elif arguments == "num_items_in_batch":
+        extra["num_items_in_batch"] = 100
+    results = []
+    for piece in (modeling._LOSS_PIECE, 500 * 8):
+        monkeypatch.setattr(modeling, "_LOSS_PIECE", piece)
+        model.zero_grad()
+        loss = model(ids, labels=labels, use_cache=False, **extra).loss
+        loss.backward()
+        results.append([loss.detach(), *(parameter.grad.clone() for parameter in model.parameters())])
+    for whole, pieces in zip(*results, strict=True):
+        torch.testing.assert_close(pieces, whole, equal_nan=True)
+    assert results[0][0].isnan() == (arguments == "nothing to learn")
+
+
+def test_somebodys_own_loss_sees_all_logits(modeling, monkeypatch):
+    monkeypatch.setattr(modeling, "_LOSS_PIECE", 500)
+    model = our_model(SHAPE._replace(layers=1, vocab=500), torch.float32)
+    model.loss_function = lambda logits, labels, vocab_size, **kwargs: torch.tensor(logits.shape[1])
+    ids = torch.arange(20)[None]
+    assert model(ids, labels=ids).loss == 20
