@@ -103,5 +103,5 @@ def test_quantised_cache(tiny_model, tiny_tokenizer):
     run = {"max_new_tokens": 30, "min_new_tokens": 30, "do_sample": False}
     plain = tiny_model.generate(ids, **run)[0, 240:]
     cache = QuantizedCache("hqq", tiny_model.config, nbits=4, axis_key=1, axis_value=1, residual_length=64)
-    quantised = tiny_model.generate(ids, past_key_values=cache, **run)[0, 240:]
+    quantised = tiny_model.generate(ids, cache=cache, **run)[0, 240:]
     assert (plain == quantised).float().mean() > 0.8
