@@ -195,7 +195,7 @@ def test_inputs_embeds_and_gradient_checkpointing(model, ids):
     for checkpointing in (False, True):
         trained.zero_grad()
         if checkpointing:
-            trained.gradient_checkpointing_enable()
+            trained.activation_checkpointing_enable()
         with torch.enable_grad():
             trained(ids[:2, :100], labels=ids[:2, :100]).loss.backward()
         gradients.append({name: value.grad.clone() for name, value in trained.named_parameters()})

@@ -25,7 +25,8 @@ ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENTS = ROOT / ".venvs" / "matrix"
 REQUIREMENTS = ("requirements.txt", "requirements-dev.txt")
 # The oldest supported, what serving and training tools pin (docs/compatibility.md), and the newest, in that order.
-VERSIONS = ["4.57.6", "5.0.0", "5.4.0", "5.6.0", "5.8.1", "5.12.1", "5.16.1", "5.17.0", "5.19.0", "5.20.2", "5.23.0"]
+VERSIONS = ["4.57.6", "5.0.0", "5.4.0", "5.6.0", "5.8.1", "5.12.1"]
+VERSIONS += ["5.16.1", "5.17.0", "5.19.0", "5.20.2", "5.23.0", "5.24.0"]
 # What a check is about stands in its name, test_<area>_...; the tests of test_golden.py are the rest.
 AREAS = {"loading": "load, save, load", "tokenizer": "tokenizer", "chat": "chat template", "training": "checkpointing"}
 GOLDEN = "goldens, generate, heads"
