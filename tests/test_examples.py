@@ -40,7 +40,9 @@ def test_offload(tiny_dir):
 @pytest.mark.ecosystem
 def test_finetune_lora(tiny_dir):
     """The model learns the answer, and learns to stop after it."""
-    before, after = run("finetune_lora", tiny_dir).splitlines()
+    # peft imports gptqmodel, if it is there, which prints a banner between the two lines.
+    lines = run("finetune_lora", tiny_dir).splitlines()
+    before, after = (line for line in lines if line.startswith(("before:", "after:")))
     answer = "Old Tomas keeps the lantern, and the lantern keeps the harbour."
     assert answer not in before and after == f"after:  {answer}"
 
