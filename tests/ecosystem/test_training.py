@@ -102,7 +102,7 @@ def test_trainer_step_is_torch(model, tiny_tokenizer, tmp_path):
 
 def test_trainer_predicts_logits_alone(model, tiny_tokenizer, tmp_path):
     """What evaluation gathers is the logits, and not the cache beside them."""
-    trainer = Trainer(model, arguments(TrainingArguments, tmp_path))
+    trainer = Trainer(model, arguments(TrainingArguments, tmp_path, use_cache=True))
     predictions = trainer.predict(rows(tiny_tokenizer)).predictions
     assert predictions.shape[::2] == (len(TEXTS), model.config.vocab_size)
 
