@@ -38,9 +38,9 @@ style: $(VENV)/installed ## mend what `quality` finds and can mend
 test-ecosystem: .venvs/ecosystem/installed ## tests with peft, trl, bitsandbytes, lm-eval, ... in an environment of their own
 	.venvs/ecosystem/bin/python -m pytest -q -m ecosystem
 
-.venvs/ecosystem/installed: requirements.txt requirements-dev.txt requirements-ecosystem.txt
+.venvs/ecosystem/installed: requirements.txt requirements-dev.txt requirements-ecosystem.txt requirements-evaluation.txt
 	$(PYTHON) -m venv .venvs/ecosystem
-	.venvs/ecosystem/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-dev.txt -r requirements-ecosystem.txt
+	.venvs/ecosystem/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-dev.txt -r requirements-ecosystem.txt -r requirements-evaluation.txt
 	@touch $@
 
 matrix: $(VENV)/installed ## every supported transformers version, each in a fresh environment and process

@@ -11,6 +11,12 @@ import transformers
 from transformers.activations import ACT2FN
 
 
+if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < (4, 57):
+    raise ImportError(
+        f"InternLM needs transformers 4.57 or newer, and this is {transformers.__version__}: "
+        'pip install -U "transformers>=4.57".'
+    )
+
 # PretrainedConfig until 4.57, PreTrainedConfig from 5.0 (which keeps the old name as a deprecated alias).
 _BaseConfig: Any = getattr(transformers, "PreTrainedConfig", None) or transformers.PretrainedConfig
 
@@ -131,7 +137,7 @@ class InternLMConfig(_BaseConfig):
     """
 
     model_type = "internlm"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]  # its name until transformers 5.23, and since
     base_model_tp_plan = _TENSOR_PARALLEL_PLAN
     base_model_pp_plan = _PIPELINE_PARALLEL_PLAN
     _auto_class = "AutoConfig"

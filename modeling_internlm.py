@@ -11,6 +11,7 @@ Shapes: B batch, Q new tokens, K tokens in the cache including the new ones, H h
 V vocab_size.
 """
 
+import functools
 import itertools
 import threading
 from collections.abc import Callable, Iterator
@@ -41,7 +42,7 @@ from .configuration_internlm import InternLMConfig
 
 logger = logging.get_logger(__name__)
 
-# What differs between the supported versions of transformers, 4.57 to 5.23, stands in this block and nowhere else.
+# What differs between the supported versions of transformers, 4.57 to 5.24, stands in this block and nowhere else.
 _VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
 
 if _VERSION >= (5, 2):  # until 5.1 one decorator, check_model_inputs, did both jobs
@@ -69,6 +70,26 @@ _LM_HEAD_PLAN = "colwise_gather_output" if _VERSION >= (5, 1) else "colwise_rep"
 _TIED_WEIGHTS: Any = {"lm_head.weight": "model.embed_tokens.weight"} if _VERSION >= (5, 0) else ["lm_head.weight"]
 # From 5.4 a cache counts its own tokens; before, it was told their places (cache_position) at every call.
 _CACHE_IS_TOLD_POSITIONS = _VERSION < (5, 4)
+# How the library calls a cache. Until 5.23 `cache` was generate_batch's alone, and its attention functions updated it;
+# from 5.24 every cache is called so, and the attention class updates generate_batch's, too.
+_CACHE = "cache" if _VERSION >= (5, 24) else "past_key_values"
+
+
+def _takes_cache(forward: Callable) -> Callable:
+    """From 5.24, let `forward` take its `past_key_values` by the name `cache` as well."""
+    if _CACHE == "past_key_values":
+        return forward
+
+    @functools.wraps(forward)
+    def renamed(*args: Any, **kwargs: Any) -> Any:
+        cache = kwargs.pop("cache", None)
+        if isinstance(cache, Cache):
+            kwargs["past_key_values"] = cache
+        elif cache is not None:  # generate_batch's, which is no Cache: an argument for the attention class alone
+            kwargs["cache"] = cache
+        return forward(*args, **kwargs)
+
+    return renamed
 
 
 def _causal_mask(config, inputs_embeds, attention_mask, cache, position_ids, cache_position):
@@ -76,9 +97,8 @@ def _causal_mask(config, inputs_embeds, attention_mask, cache, position_ids, cac
     return create_causal_mask(
         config=config,
         attention_mask=attention_mask,
-        past_key_values=cache,
         position_ids=position_ids,
-        **{_EMBEDS: inputs_embeds},
+        **{_EMBEDS: inputs_embeds, _CACHE: cache},
         **told,
     )
 
@@ -88,10 +108,15 @@ def _cache_length(cache: Any, cache_position: torch.Tensor) -> int:
     return cache.get_mask_sizes(cache_position if _CACHE_IS_TOLD_POSITIONS else cache_position.shape[0], 0)[0]
 
 
-def _update_cache(cache: Cache, keys, values, layer_idx: int, cache_position):
+def _update_cache(arguments: dict[str, Any], keys, values, layer_idx: int, cache_position):
+    """Hand new keys and values to the cache among a layer's `arguments`, if there is one; K of each come back."""
+    cache = arguments.pop(_CACHE, None)
+    if cache is None:
+        return keys, values
     if _CACHE_IS_TOLD_POSITIONS:
         return cache.update(keys, values, layer_idx, {"cache_position": cache_position})
-    return cache.update(keys, values, layer_idx)
+    told = {"kwargs": arguments} if _VERSION >= (5, 24) else {}  # generate_batch's reads and changes them
+    return cache.update(keys, values, layer_idx, **told)
 
 
 # An exported program keeps its matrix products, for its runtime to choose from; is_exporting came with torch 2.7.
@@ -327,7 +352,6 @@ class InternLMAttention(nn.Module):
         hidden_states: torch.Tensor,
         position_embeddings: RotaryTables,
         attention_mask: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         cos, sin, read, cache_position = position_embeddings
@@ -340,8 +364,7 @@ class InternLMAttention(nn.Module):
             queries = _rotate(queries.view(*input_shape, -1, self.head_dim).transpose(1, 2), cos, sin)
             keys = _rotate(keys.view(*input_shape, -1, self.head_dim).transpose(1, 2), cos, sin)
         values = _project(self.v_proj, hidden_states).view(*input_shape, -1, self.head_dim).transpose(1, 2)
-        if past_key_values is not None:  # keys and values become (B, H, K, D)
-            keys, values = _update_cache(past_key_values, keys, values, self.layer_idx, cache_position)
+        keys, values = _update_cache(kwargs, keys, values, self.layer_idx, cache_position)  # (B, H, K, D)
 
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
@@ -427,7 +450,7 @@ class InternLMPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["InternLMDecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]  # its name until 5.23, and since
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -486,6 +509,7 @@ class InternLMModel(InternLMPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
+    @_takes_cache
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -544,16 +568,16 @@ class InternLMModel(InternLMPreTrainedModel):
             key_length,
             keys="engine's" if kwargs.keys() & _ENGINE_ARGUMENTS else "new" if past_key_values is None else "cached",
         )
+        cache: dict[str, Any] = {_CACHE: past_key_values}
         for layer in itertools.islice(self.layers, self.config.num_hidden_layers):  # fewer for early-exit decoding
             hidden_states = layer(
                 hidden_states,
                 attention_mask=causal_mask,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
                 position_embeddings=tuple(tables),  # plain: GPTQ of optimum rebuilds it as type(x)([...])
-                **kwargs,
+                **{**cache, **kwargs},  # in this order: generate_batch's is among kwargs
             )
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **cache)
 
     def _warn_far_beyond_the_window(self, key_length: int) -> None:
         window = self.config.max_position_embeddings
@@ -625,6 +649,7 @@ class InternLMForCausalLM(InternLMPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    @_takes_cache
     @can_return_tuple
     def forward(
         self,
@@ -662,7 +687,7 @@ class InternLMForCausalLM(InternLMPreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **{_CACHE: getattr(outputs, _CACHE)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )

@@ -21,9 +21,19 @@ from dataclasses import fields, is_dataclass
 from itertools import groupby
 from typing import Any
 
+import transformers
 from tokenizers import AddedToken, Tokenizer, decoders, normalizers, processors
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
+
+
+# As in configuration_internlm.py, which the tokenizer does without; before the import that old versions fail at.
+if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < (4, 57):
+    raise ImportError(
+        f"InternLM needs transformers 4.57 or newer, and this is {transformers.__version__}: "
+        'pip install -U "transformers>=4.57".'
+    )
+
 from transformers.utils.chat_template_utils import get_json_schema
 from transformers.utils.generic import to_py_obj
 

@@ -212,7 +212,7 @@ class Decoding:
             context.rewind()
         extra = context.arguments_of_generate() if self.as_generate else {}
         context.position += 1
-        return self.forward(input_ids=context.ids, past_key_values=context.cache, **extra).logits
+        return self.forward(input_ids=context.ids, cache=context.cache, **extra).logits
 
     def first_step(self) -> torch.Tensor:
         """The step at the start of the context, the same one for every side."""

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 from threading import Thread
 
 import pytest
@@ -16,6 +17,7 @@ from transformers import (
     AutoTokenizer,
     CompileConfig,
     ContinuousBatchingConfig,
+    DynamicCache,
     GenerationConfig,
     TextIteratorStreamer,
     TextStreamer,
@@ -139,6 +141,19 @@ def test_generate_batch(tiny_dir, tiny_tokenizer, attention):
         progress_bar=False,
     )
     assert [output.generated_tokens for output in outputs.values()] == expected
+
+
+@pytest.mark.parametrize("name", ("past_key_values", "cache"))
+@torch.no_grad()
+def test_cache_by_either_name(tiny_model, tiny_tokenizer, name):
+    """transformers 5.24 renamed the argument; calls by the old name go on, and warn of nothing."""
+    ids, cache = tiny_tokenizer(PROMPTS[0], return_tensors="pt")["input_ids"], DynamicCache(config=tiny_model.config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        logits = [tiny_model(part, **{name: cache}).logits for part in ids.split(3, dim=1)]
+    torch.testing.assert_close(torch.cat(logits, dim=1), tiny_model(ids).logits, atol=1e-4, rtol=1e-4)
+    assert cache.get_seq_length() == ids.shape[1]
+    assert tiny_model(ids, **{name: None}).cache.get_seq_length() == ids.shape[1]
 
 
 def test_beam_search_needs_no_code_of_ours(tiny_model, tiny_tokenizer):

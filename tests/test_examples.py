@@ -30,6 +30,12 @@ def test_embeddings(tiny_dir):
     assert first[0] == pytest.approx(1, abs=0.001) and first[1] > first[2]
 
 
+def test_classify(tiny_dir):
+    """Three sentences that it was not taught, in two languages, each sorted rightly."""
+    rows = run("classify", tiny_dir).splitlines()
+    assert [row.split()[0] for row in rows] == ["food", "sky", "food"]
+
+
 def test_offload(tiny_dir):
     """The text does not depend on where the layers are."""
     small, large = (run("offload", tiny_dir, "--memory", memory).splitlines() for memory in ("2MB", "1GB"))
@@ -40,7 +46,9 @@ def test_offload(tiny_dir):
 @pytest.mark.ecosystem
 def test_finetune_lora(tiny_dir):
     """The model learns the answer, and learns to stop after it."""
-    before, after = run("finetune_lora", tiny_dir).splitlines()
+    # peft imports gptqmodel, if it is there, which prints a banner between the two lines.
+    lines = run("finetune_lora", tiny_dir).splitlines()
+    before, after = (line for line in lines if line.startswith(("before:", "after:")))
     answer = "Old Tomas keeps the lantern, and the lantern keeps the harbour."
     assert answer not in before and after == f"after:  {answer}"
 

@@ -195,7 +195,7 @@ def test_inputs_embeds_and_gradient_checkpointing(model, ids):
     for checkpointing in (False, True):
         trained.zero_grad()
         if checkpointing:
-            trained.gradient_checkpointing_enable()
+            trained.activation_checkpointing_enable()
         with torch.enable_grad():
             trained(ids[:2, :100], labels=ids[:2, :100]).loss.backward()
         gradients.append({name: value.grad.clone() for name, value in trained.named_parameters()})
@@ -239,12 +239,12 @@ def test_beams_and_batches_beyond_the_window(model, ids):
 def test_several_turns_on_one_cache_crop_and_reuse(model, ids):
     """A conversation goes on with its cache, and a cropped cache is as good as one that never saw the rest."""
     past = DynamicCache(config=model.config)
-    first = greedy(model, ids[:1, :50], past_key_values=past)
+    first = greedy(model, ids[:1, :50], cache=past)
     longer = torch.cat((first, ids[1:2, :40]), dim=1)
-    continued = greedy(model, longer, past_key_values=past)
+    continued = greedy(model, longer, cache=past)
     again = DynamicCache(config=model.config)
-    greedy(model, ids[:1, :50], past_key_values=again)
-    assert greedy(model, longer, past_key_values=again).tolist() == continued.tolist()
+    greedy(model, ids[:1, :50], cache=again)
+    assert greedy(model, longer, cache=again).tolist() == continued.tolist()
 
     past = DynamicCache(config=model.config)
     model(ids[:1, :100], past_key_values=past)
@@ -300,7 +300,7 @@ def test_engines_keep_the_trained_theta(model, ids):
     plain.config.rotary = {**model.config.rotary, "type": "origin"}
     tokens = ids[:1, :100]
     with torch.no_grad():
-        assert_near(model(tokens, use_cache=False, cache=None).logits, plain(tokens).logits)
+        assert_near(model(tokens, use_cache=False, attention_instances={}).logits, plain(tokens).logits)
 
 
 @pytest.mark.parametrize("length", (2, 8))

@@ -1,6 +1,7 @@
 """What the three uploaded modules may do on a stranger's machine, proven on their source and on a run."""
 
 import ast
+import importlib
 import json
 import os
 import subprocess
@@ -87,6 +88,15 @@ def test_nothing_happens_at_import(name):
         assert isinstance(node, harmless), ast.unparse(node)
         if isinstance(node, ast.Expr):
             assert isinstance(node.value, ast.Constant), ast.unparse(node)
+
+
+@pytest.mark.parametrize("name", ("configuration_internlm", "tokenization_internlm"))
+def test_a_transformers_too_old_is_named(monkeypatch, name):
+    """One sentence with both versions, at import: the first two modules that the Auto classes load."""
+    monkeypatch.delitem(sys.modules, f"internlm.{name}", raising=False)
+    monkeypatch.setattr("transformers.__version__", "4.56.2")
+    with pytest.raises(ImportError, match=r"needs transformers 4\.57 or newer, and this is 4\.56\.2: pip install"):
+        importlib.import_module(f"internlm.{name}")
 
 
 WATCHED = """

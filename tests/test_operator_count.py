@@ -26,9 +26,9 @@ def operators(model: torch.nn.Module, past: int, new: int, static: int = 0, padd
     mask = torch.ones_like(ids)
     mask[0, :2] = 0
     if past:
-        model(ids[:, :past], past_key_values=cache, attention_mask=mask[:, :past] if padded else None)
+        model(ids[:, :past], cache=cache, attention_mask=mask[:, :past] if padded else None)
     extra = {"attention_mask": mask} if padded else {}
-    return count_operators(lambda: model(ids[:, past:], past_key_values=cache, **extra))
+    return count_operators(lambda: model(ids[:, past:], cache=cache, **extra))
 
 
 @pytest.mark.parametrize("padded", [False, True])

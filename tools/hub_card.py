@@ -25,14 +25,14 @@ _HEADS = {
 [中文说明](#中文说明)
 
 {what} of InternLM v1: {layers} layers, width {hidden}, trained on {window:,} tokens of context, which dynamic NTK
-extends at inference. The code is rebuilt for today's transformers (4.57 to 5.23): it loads through the Auto classes,
+extends at inference. The code is rebuilt for today's transformers (4.57 to 5.24): it loads through the Auto classes,
 gives the logits and token ids of the official code of 2023, streams, chats, trains and quantises.
 
 {snippet}
 """,
     # No line break inside a Chinese sentence: it would be shown as a space.
     "zh": "# 中文说明\n\n[English](#{anchor})\n\n{what}（InternLM 第一代）：{layers} 层，隐藏维度 {hidden}，"
-    "训练窗口 {window:,} 个 token，推理时以动态 NTK 外推。代码已针对当前的 transformers（4.57 至 5.23）重写："
+    "训练窗口 {window:,} 个 token，推理时以动态 NTK 外推。代码已针对当前的 transformers（4.57 至 5.24）重写："
     "可通过 Auto 类加载，logits 和 token id 与 2023 年的官方代码一致，支持流式输出、对话、训练和量化。\n\n{snippet}\n",
 }
 

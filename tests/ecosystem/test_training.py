@@ -100,6 +100,13 @@ def test_trainer_step_is_torch(model, tiny_tokenizer, tmp_path):
     assert_same_step(before, weights(model), stepped)
 
 
+def test_trainer_predicts_logits_alone(model, tiny_tokenizer, tmp_path):
+    """What evaluation gathers is the logits, and not the cache beside them."""
+    trainer = Trainer(model, arguments(TrainingArguments, tmp_path, use_cache=True))
+    predictions = trainer.predict(rows(tiny_tokenizer)).predictions
+    assert predictions.shape[::2] == (len(TEXTS), model.config.vocab_size)
+
+
 def sft(model, tokenizer, tmp_path, data, **settings):
     settings = {"per_device_train_batch_size": 2, "max_length": 200, **settings}
     return SFTTrainer(
