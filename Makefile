@@ -7,7 +7,7 @@ export PYTHONUNBUFFERED := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo chat test quality style test-ecosystem matrix bench tiny long-context
+.PHONY: help demo chat test serve quality style test-ecosystem test-vllm test-llamacpp matrix bench tiny long-context
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 18
@@ -23,6 +23,14 @@ demo: $(VENV)/installed ## let InternLM speak: English, Chinese, one chat turn (
 chat: $(VENV)/installed ## talk with it in the terminal (MODEL=path-or-repo-id)
 	@$(BIN)/python examples/chat.py $(if $(MODEL),--model "$(MODEL)")
 
+serve: .venvs/serving/installed ## an OpenAI-compatible server, docs/serving.md (MODEL=path-or-repo-id PORT=8000)
+	@.venvs/serving/bin/python examples/serve.py $(if $(MODEL),--model "$(MODEL)") $(if $(PORT),--port $(PORT))
+
+.venvs/serving/installed: requirements.txt requirements-serving.txt
+	$(PYTHON) -m venv .venvs/serving
+	.venvs/serving/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-serving.txt
+	@touch $@
+
 test: $(VENV)/installed ## the tests
 	$(BIN)/python -m pytest -q -m "not slow and not ecosystem and not gpu" -n 2 --dist loadfile
 
@@ -35,12 +43,35 @@ style: $(VENV)/installed ## mend what `quality` finds and can mend
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-test-ecosystem: .venvs/ecosystem/installed ## tests with peft, trl, bitsandbytes, lm-eval, ... in an environment of their own
+test-ecosystem: .venvs/ecosystem/installed ## tests with peft, trl, bitsandbytes, onnxruntime, openai, ... in an environment of their own
 	.venvs/ecosystem/bin/python -m pytest -q -m ecosystem
 
-.venvs/ecosystem/installed: requirements.txt requirements-dev.txt requirements-ecosystem.txt requirements-evaluation.txt
+.venvs/ecosystem/installed: requirements.txt requirements-dev.txt requirements-serving.txt requirements-ecosystem.txt
 	$(PYTHON) -m venv .venvs/ecosystem
-	.venvs/ecosystem/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-dev.txt -r requirements-ecosystem.txt -r requirements-evaluation.txt
+	.venvs/ecosystem/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-dev.txt -r requirements-ecosystem.txt
+	@touch $@
+
+test-vllm: .venvs/vllm/installed ## the same tokens from vLLM, offline and as a server
+	.venvs/vllm/bin/python -m pytest -q -m vllm tests/engines
+
+.venvs/vllm/installed: requirements-vllm.txt
+	$(PYTHON) -m venv .venvs/vllm
+	.venvs/vllm/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-vllm.txt
+	.venvs/vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $@
+
+test-llamacpp: .venvs/llamacpp/installed ## the same tokens from llama.cpp, which is built for it (needs a C++ compiler)
+	.venvs/llamacpp/bin/python -m pytest -q -m llamacpp tests/engines
+
+# The source also holds llama.cpp's converter to GGUF, which the package as installed lacks.
+.venvs/llamacpp/installed: requirements.txt requirements-llamacpp.txt
+	$(PYTHON) -m venv --clear .venvs/llamacpp
+	.venvs/llamacpp/bin/python -m pip download --quiet --disable-pip-version-check --no-deps --dest .venvs/llamacpp \
+		$$(grep ^llama-cpp-python requirements-llamacpp.txt)
+	mkdir .venvs/llamacpp/source
+	tar -xzf .venvs/llamacpp/llama_cpp_python-*.tar.gz -C .venvs/llamacpp/source --strip-components=1
+	CMAKE_ARGS=-DLLAVA_BUILD=OFF .venvs/llamacpp/bin/python -m pip install --quiet --disable-pip-version-check \
+		-r requirements.txt -r requirements-llamacpp.txt
 	@touch $@
 
 matrix: $(VENV)/installed ## every supported transformers version, each in a fresh environment and process

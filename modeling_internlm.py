@@ -692,6 +692,16 @@ class InternLMForCausalLM(InternLMPreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
         )
 
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """The library's (generate_batch and `transformers serve --continuous-batching` start here), with a warning."""
+        if self.config.rotary["type"] == "dynamic":
+            logger.warning_once(
+                "Continuous batching keeps the keys itself, so there is no dynamic NTK in it: texts of more than "
+                f"max_position_embeddings={self.config.max_position_embeddings} tokens come out wrong. For longer "
+                'ones fix the base: config.rotary = {"type": "origin", "base": ...}, see docs/long-context.md.'
+            )
+        return super().init_continuous_batching(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+
     def chat(
         self,
         tokenizer: Any,

@@ -25,9 +25,14 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 
+# Tests whose packages only one environment has, and the marker that runs them there.
+OWN_ENVIRONMENTS = {"ecosystem": "ecosystem", "test_vllm.py": "vllm", "test_llamacpp.py": "llamacpp"}
+
+
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """Import tests/ecosystem only with `-m ecosystem`: other environments lack its packages, that one must not."""
-    return True if collection_path.name == "ecosystem" and config.getoption("markexpr") != "ecosystem" else None
+    """Import such tests only with their marker: other environments lack their packages, that one must not."""
+    marker = OWN_ENVIRONMENTS.get(collection_path.name)
+    return True if marker and config.getoption("markexpr") != marker else None
 
 
 @pytest.fixture(scope="session")

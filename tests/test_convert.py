@@ -692,6 +692,10 @@ def test_llama_tokenizer_needs_no_remote_code(tmp_path):
     assert tokenizer.decode(tokenizer("a . 你好")["input_ids"], skip_special_tokens=True) == "a . 你好"
     prompt = tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False)
     assert prompt.startswith("<s><|System|>:") and "<|User|>:hi\n" in prompt
+    # What llama.cpp's converter reads (tests/engines/test_llamacpp.py): no space before a text, <eoa> is special.
+    config = json.loads((tmp_path / "llama" / "tokenizer_config.json").read_text(encoding="utf-8"))
+    assert config["add_prefix_space"] is False
+    assert config["added_tokens_decoder"]["103028"] == {"content": "<eoa>", "special": True}
 
 
 @pytest.mark.parametrize(

@@ -144,6 +144,12 @@ def llama_tokenizer(source: Path) -> dict[str, bytes]:
         raise ConversionError(f"The tokenizer of {source} cannot be read: {error}") from error
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
+        # For llama.cpp's converter: else it puts a space before every text, and takes <eoa> for plain text.
+        "add_prefix_space": False,
+        "added_tokens_decoder": {
+            str(index): {"content": token.content, "special": token.special}
+            for index, token in tokenizer.added_tokens_decoder.items()
+        },
         "add_bos_token": tokenizer.add_bos_token,
         "add_eos_token": tokenizer.add_eos_token,
         "clean_up_tokenization_spaces": False,

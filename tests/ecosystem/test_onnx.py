@@ -1,0 +1,65 @@
+"""ONNX by transformers' exporter, run by onnxruntime: the greedy tokens are transformers'."""
+
+import pytest
+import torch
+from transformers import DynamicCache, GenerationConfig, StaticCache
+from transformers.exporters.base import ExportedModel
+from transformers.exporters.configs import OnnxConfig
+from transformers.exporters.exporter_onnx import OnnxExporter
+
+
+pytestmark = pytest.mark.ecosystem
+
+PROMPTS = ("Coming to the beautiful nature, we found", "来到美丽的大自然，我们发现")
+CAPACITY = 320  # of the static cache, more than the window of 256
+
+
+def export(model, folder, ids: torch.Tensor, dynamic: bool, generation: GenerationConfig | None = None):
+    """Export prefill and decode, save both, and open them again in onnxruntime."""
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    config = OnnxConfig(dynamic=dynamic)
+    OnnxExporter().export_for_generation(model, inputs, config, generation_config=generation).save_pretrained(folder)
+    return ExportedModel.from_pretrained(folder, trust_remote_code=True, device="cpu").runners
+
+
+def expected(model, ids: torch.Tensor, new: int) -> list[int]:
+    return model.generate(ids, max_new_tokens=new, do_sample=False)[0, ids.shape[1] :].tolist()
+
+
+@torch.no_grad()
+def test_growing_cache(tiny_model, tiny_tokenizer, tmp_path):
+    """Any batch and any length up to the window: prompts of two lengths, two rows each."""
+    sample = tiny_tokenizer([PROMPTS[0]] * 2, return_tensors="pt")["input_ids"]
+    runners = export(tiny_model, tmp_path, sample, dynamic=True)
+    for prompt in PROMPTS:
+        ids = tiny_tokenizer(prompt, return_tensors="pt")["input_ids"]
+        new, cache, tokens = ids.expand(2, -1), DynamicCache(config=tiny_model.config), []
+        positions = torch.arange(ids.shape[1]).expand(2, -1)
+        while len(tokens) < 24:
+            runner = runners["decode" if tokens else "prefill"]
+            outputs = runner(input_ids=new, position_ids=positions, past_key_values=cache)
+            new, cache = outputs.logits[:, -1:].argmax(-1), outputs.past_key_values
+            positions = positions[:, -1:] + 1
+            assert new[0] == new[1]
+            tokens.append(new[0].item())
+        assert tokens == expected(tiny_model, ids, 24)
+
+
+@torch.no_grad()
+def test_static_cache(tiny_model, tiny_tokenizer, tmp_path):
+    """A cache longer than the window: the correction of dynamic NTK is part of the graph, and is exact beyond it."""
+    ids = tiny_tokenizer(PROMPTS[0], return_tensors="pt")["input_ids"]
+    settings = GenerationConfig(cache_implementation="static", max_cache_len=CAPACITY, max_length=CAPACITY)
+    step = export(tiny_model, tmp_path, ids, dynamic=False, generation=settings)["decode"]
+    cache = StaticCache(config=tiny_model.config, max_cache_len=CAPACITY)
+    cache.early_initialization(1, 4, 32, torch.float32, torch.device("cpu"))
+    tokens = ids[0].tolist()
+    for place in range(CAPACITY - 1):  # the decoding step reads the prompt too, token by token
+        mask = (torch.arange(CAPACITY) <= place)[None, None, None]
+        new, position = torch.tensor([[tokens[place]]]), torch.tensor([[place]])
+        outputs = step(input_ids=new, attention_mask=mask, position_ids=position, past_key_values=cache)
+        cache = outputs.past_key_values
+        if place + 1 == len(tokens):
+            tokens.append(outputs.logits[0, -1].argmax().item())
+    free = {"eos_token_id": None, "max_length": CAPACITY, "do_sample": False}
+    assert tokens == tiny_model.generate(ids, **free)[0].tolist()

@@ -1,0 +1,94 @@
+"""`make serve`'s server, asked by the real openai client: the replies are transformers' greedy ones."""
+
+import socket
+import subprocess
+import sys
+import time
+
+import openai
+import pytest
+import torch
+from conftest import ROOT
+
+
+pytestmark = pytest.mark.ecosystem
+
+PROMPTS = ("Coming to the beautiful nature, we found", "来到美丽的大自然，我们发现")
+GREEDY = {"max_tokens": 24, "temperature": 0}
+
+
+@pytest.fixture(scope="module")
+def client(tiny_dir, tmp_path_factory):
+    """A client of a server that ends with the module."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "examples/serve.py", "--model", str(tiny_dir), "--dtype", "float32", "--device", "cpu"]
+    log = tmp_path_factory.mktemp("serve") / "log.txt"
+    with log.open("wb") as output:
+        options = ["--host", "127.0.0.1", "--port", str(port)]
+        server = subprocess.Popen([*command, *options], cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
+    try:
+        deadline = time.monotonic() + 120
+        while server.poll() is None and time.monotonic() < deadline:
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            time.sleep(0.2)
+        else:
+            pytest.fail(log.read_text())
+        with openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", timeout=60) as client:
+            yield client
+    finally:
+        server.terminate()
+        server.wait(30)
+
+
+def greedy(model, tokenizer, prompt: str, new: int = 24) -> str:
+    inputs = tokenizer(prompt, return_tensors="pt")
+    output = model.generate(**inputs, max_new_tokens=new, do_sample=False)
+    return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_completions(client, tiny_dir, tiny_model, tiny_tokenizer, prompt):
+    """In one piece, and streamed in several with no Chinese character cut in two."""
+    expected = greedy(tiny_model, tiny_tokenizer, prompt)
+    answer = client.completions.create(model=str(tiny_dir), prompt=prompt, **GREEDY)
+    assert answer.choices[0].text == expected and answer.usage.completion_tokens == 24
+    stream = client.completions.create(model=str(tiny_dir), prompt=prompt, stream=True, **GREEDY)
+    pieces = [chunk.choices[0].text for chunk in stream if chunk.choices]
+    assert "".join(pieces) == expected and len(pieces) > 3 and not any("\ufffd" in piece for piece in pieces)
+
+
+def test_chat(client, tiny_dir, tiny_model, tiny_tokenizer):
+    """Two turns, whole and streamed: chat()'s replies, which stop by themselves at <eoa>."""
+    first, history = tiny_model.chat(tiny_tokenizer, "Hello!", do_sample=False)
+    second, _ = tiny_model.chat(tiny_tokenizer, "Who are you?", history, do_sample=False)
+    messages = [{"role": "user", "content": "Hello!"}]
+    reply = client.chat.completions.create(model=str(tiny_dir), messages=messages, temperature=0, max_tokens=100)
+    assert reply.choices[0].message.content == first and reply.choices[0].finish_reason == "stop"
+    messages += [{"role": "assistant", "content": first}, {"role": "user", "content": "Who are you?"}]
+    settings = {"model": str(tiny_dir), "messages": messages, "temperature": 0, "max_tokens": 100}
+    assert client.chat.completions.create(**settings).choices[0].message.content == second
+    chunks = [chunk.choices[0] for chunk in client.chat.completions.create(**settings, stream=True) if chunk.choices]
+    assert "".join(chunk.delta.content or "" for chunk in chunks) == second
+    assert len(chunks) > 3 and chunks[-1].finish_reason == "stop"
+
+
+def test_beyond_the_window(client, tiny_dir, tiny_model, tiny_tokenizer):
+    """The server's cache is transformers', so dynamic NTK is exact: 200 tokens more than the window of 256."""
+    ids = tiny_tokenizer(PROMPTS[0], return_tensors="pt")["input_ids"]
+    ids = tiny_model.generate(ids, min_length=300, max_length=300, do_sample=False)
+    prompt = tiny_tokenizer.decode(ids[0], skip_special_tokens=True)
+    assert torch.equal(tiny_tokenizer(prompt, return_tensors="pt")["input_ids"], ids)
+    answer = client.completions.create(model=str(tiny_dir), prompt=prompt, max_tokens=156, temperature=0)
+    assert answer.choices[0].text == greedy(tiny_model, tiny_tokenizer, prompt, 156)
+    assert answer.usage.total_tokens == 456
+
+
+def test_another_model_is_refused(client):
+    """The server was started for one model, and says which."""
+    with pytest.raises(openai.BadRequestError) as error:
+        client.completions.create(model="internlm/internlm-7b", prompt="x", **GREEDY)
+    assert "pinned to" in error.value.response.text

@@ -1,0 +1,151 @@
+"""vLLM's Transformers backend runs the assembled folder: the tokens are transformers', and the window is vLLM's limit.
+
+vLLM keeps the keys itself, so there is no dynamic NTK in it (docs/long-context.md): what is longer than the trained
+window is refused, and a fixed base, given without touching the folder, opens a longer one.
+"""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import openai
+import pytest
+import torch
+from conftest import ROOT
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from tools.convert_llama import fixed_base
+
+
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(400)]
+
+PROMPTS = ("Coming to the beautiful nature, we found", "来到美丽的大自然，我们发现")
+WINDOW, CONTEXT = 256, 1024
+ENVIRONMENT = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+# Reads token ids from argv[2]; writes one line of JSON: what was refused at the start, and an answer for each prompt.
+OFFLINE = """
+import json, sys
+from vllm import LLM, SamplingParams
+
+def attempt(call):
+    try:
+        return call()
+    except Exception as error:
+        return str(error)
+
+if __name__ == "__main__":
+    settings = {"trust_remote_code": True, "model_impl": "transformers", "dtype": "float32"}
+    refused = attempt(lambda: LLM(sys.argv[1], max_model_len=1024, **settings))
+    llm = LLM(sys.argv[1], **settings)
+    greedy = SamplingParams(temperature=0, max_tokens=24)
+    prompts = [{"prompt_token_ids": ids} for ids in json.loads(sys.argv[2])]
+    answers = [attempt(lambda: llm.generate([ids], greedy)[0].outputs[0].token_ids) for ids in prompts]
+    print("RESULT", json.dumps([str(refused), *map(lambda a: a if isinstance(a, str) else list(a), answers)]))
+"""
+
+
+def stop(process: subprocess.Popen) -> None:
+    """End a process and all that it started."""
+    if process.poll() is not None:
+        return
+    os.killpg(process.pid, signal.SIGINT)
+    try:
+        process.wait(30)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def greedy(model, ids: list[int], new: int = 24) -> list[int]:
+    output = model.generate(torch.tensor([ids]), max_new_tokens=new, do_sample=False)
+    return output[0, len(ids) :].tolist()
+
+
+@pytest.fixture(scope="module")
+def long_text(tiny_model, tiny_tokenizer):
+    """Token ids (300) that the model wrote itself."""
+    ids = tiny_tokenizer(PROMPTS[0], return_tensors="pt")["input_ids"]
+    return tiny_model.generate(ids, min_length=300, max_length=300, do_sample=False)[0].tolist()
+
+
+def test_offline(tiny_dir, tiny_model, tiny_tokenizer, long_text, tmp_path):
+    """Equal tokens inside the window; an answer ends with it; a longer prompt or a longer window is refused."""
+    prompts = [*(tiny_tokenizer(prompt)["input_ids"] for prompt in PROMPTS), long_text[:246], long_text]
+    command = [sys.executable, "-c", OFFLINE, str(tiny_dir), json.dumps(prompts)]
+    with (tmp_path / "log.txt").open("w+b") as log:
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=log, env=ENVIRONMENT, start_new_session=True
+        )
+        try:
+            output = process.communicate(timeout=300)[0].decode()
+        finally:
+            stop(process)
+        log.seek(0)
+        assert process.returncode == 0, log.read().decode()
+    results = [line for line in output.splitlines() if line.startswith("RESULT ")]
+    refused, first, second, edge, beyond = json.loads(results[0].removeprefix("RESULT "))
+    assert "max_model_len" in refused and str(WINDOW) in refused
+    assert [first, second] == [greedy(tiny_model, ids) for ids in prompts[:2]]
+    assert edge == greedy(tiny_model, prompts[2], WINDOW - 246)
+    assert isinstance(beyond, str) and str(WINDOW) in beyond
+
+
+@pytest.fixture(scope="module")
+def fixed(tiny_dir):
+    """The tiny model's configuration with the base fixed for CONTEXT tokens, as docs/long-context.md says."""
+    config = AutoConfig.from_pretrained(tiny_dir, trust_remote_code=True)
+    config.rotary = {"type": "origin", "base": fixed_base(config, CONTEXT), "scaling_factor": 1.0}
+    config.max_position_embeddings = CONTEXT
+    return config
+
+
+@pytest.fixture(scope="module")
+def client(tiny_dir, fixed, tmp_path_factory):
+    """A client of vLLM's server, which ends with the module."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    overrides = json.dumps({"rotary": fixed.rotary, "max_position_embeddings": CONTEXT})
+    # Not `vllm serve`: in vllm-cpu 0.32.0 it asks for the version of a package named vllm, and there is none.
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(tiny_dir)]
+    command += ["--trust-remote-code", "--model-impl", "transformers", "--dtype", "float32"]
+    command += ["--hf-overrides", overrides]
+    command += ["--enforce-eager", "--served-model-name", "internlm", "--host", "127.0.0.1", "--port", port]
+    log = tmp_path_factory.mktemp("vllm") / "log.txt"
+    with log.open("wb") as output:
+        server = subprocess.Popen(
+            command, cwd=ROOT, env=ENVIRONMENT, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    try:
+        deadline = time.monotonic() + 240
+        while server.poll() is None and time.monotonic() < deadline:
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", int(port))) == 0:
+                    break
+            time.sleep(0.5)
+        else:
+            pytest.fail(log.read_text())
+        with openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", timeout=120) as client:
+            yield client
+    finally:
+        stop(server)
+
+
+def test_online(client, tiny_dir, fixed, tiny_tokenizer, long_text):
+    """The OpenAI API with a fixed base: completions inside and beyond the window, whole and streamed, and chat."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_dir, config=fixed, trust_remote_code=True, dtype=torch.float32)
+    settings = {"model": "internlm", "temperature": 0, "max_tokens": 24}
+    for ids in (tiny_tokenizer(PROMPTS[1])["input_ids"], long_text):
+        expected = tiny_tokenizer.decode(greedy(model, ids), skip_special_tokens=True)
+        assert client.completions.create(prompt=ids, **settings).choices[0].text == expected
+        stream = client.completions.create(prompt=ids, stream=True, **settings)
+        pieces = [chunk.choices[0].text for chunk in stream if chunk.choices]
+        assert "".join(pieces) == expected and len(pieces) > 3
+    messages = [{"role": "user", "content": "Who are you?"}]
+    reply = client.chat.completions.create(messages=messages, **settings | {"max_tokens": 100}).choices[0]
+    assert reply.message.content == model.chat(tiny_tokenizer, "Who are you?", do_sample=False)[0]
+    assert reply.finish_reason == "stop"

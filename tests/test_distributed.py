@@ -1,0 +1,26 @@
+"""Two real processes (torchrun, gloo) against one: the same logits, greedy tokens and gradients, across the window."""
+
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+
+@pytest.mark.parametrize(("way", "gradients"), (("tensor", (39, 39)), ("pipeline", (19, 20)), ("fsdp", (39, 39))))
+def test_two_processes(tiny_dir, way, gradients):
+    """The example's own --check, on prompts that end 6 tokens short of the window; all 39 parameters are compared."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1"]
+    command += ["--master-port", port, "examples/distributed.py", "--way", way, "--check", "--model", str(tiny_dir)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, timeout=240)
+    output = process.stdout.decode()
+    assert process.returncode == 0, process.stderr.decode()
+    for rank, count in enumerate(gradients):
+        assert f"{way}, process {rank}: same tokens as one process" in output
+        assert f" {count} gradients within " in output
