@@ -184,11 +184,12 @@ class InternLMConfig(_BaseConfig):
             raise _invalid(methods[0], kwargs[methods[0]], "absent: it is a method", "remove it")
         try:
             super().__init__(tie_word_embeddings=tie_word_embeddings, **special, **kwargs)
+            # transformers 5 drops the special tokens, as settings of generation; 4.57 keeps them.
+            for field, value in special.items():
+                setattr(self, field, value)
+            self.to_json_string(use_diff=False)
         except Exception as error:  # whatever comes of a field of the library's that has the wrong type
             raise ValueError(f"InternLMConfig: transformers refuses a field of config.json ({error!r}).") from error
-        # transformers 5 drops the special tokens, as settings of generation; 4.57 keeps them.
-        for field, value in special.items():
-            setattr(self, field, value)
 
     @property
     def head_dim(self) -> int:

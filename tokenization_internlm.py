@@ -281,6 +281,11 @@ class InternLMTokenizer(PreTrainedTokenizerFast):
             if isinstance(error.__context__, ValueError):
                 raise error.__context__ from None
             raise
+        except (TypeError, AttributeError, LookupError, RecursionError) as error:
+            raise ValueError(
+                f"A field of the tokenizer's JSON files in {pretrained_model_name_or_path}, or an argument, is not "
+                f"what transformers needs ({error!r}): correct it, or fetch tokenizer_config.json again."
+            ) from error
 
     @classmethod
     def convert_to_native_format(cls, **kwargs: Any) -> dict[str, Any]:
