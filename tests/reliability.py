@@ -153,6 +153,17 @@ def fuzz_tokenizer(tiny: Path, scratch: Path, inputs: int) -> Counter:
     return fuzz(load, folder, files, inputs)
 
 
+def fuzz_saved_tokenizer(tiny: Path, scratch: Path, inputs: int) -> Counter:
+    """tokenizer.json, which the Rust library reads."""
+    tokenizer = importlib.import_module("internlm.tokenization_internlm").InternLMTokenizer
+    tokenizer.from_pretrained(tiny).save_pretrained(scratch)
+    content = (scratch / "tokenizer.json").read_bytes()
+    # Half of the hits go into the settings at its start: pieces and merges, which follow, are all alike.
+    settings_damaged = damaged(content[:4000]).map(lambda data: data + content[4000:])
+    files = {"tokenizer.json": damaged(content) | settings_damaged}
+    return fuzz(tokenizer.from_pretrained, scratch, files, inputs)
+
+
 # Threads and processes
 
 
@@ -339,10 +350,15 @@ def main(share: float) -> int:
     from transformers.utils import logging
 
     logging.set_verbosity_error()
+    torch.set_num_threads(1)  # the model is too small for more
     scratch = Path(tempfile.mkdtemp())
     tiny, inputs, kills, held = scratch / "tiny", int(10_000 * share) or 1, int(30 * share) or 1, []
     upload_to_hub.assemble(weights=conftest.TINY, out=tiny, progress=False)
-    for name, run in {"config": fuzz_config, "tokenizer": fuzz_tokenizer}.items():
+    for name, run in {
+        "config": fuzz_config,
+        "tokenizer": fuzz_tokenizer,
+        "saved tokenizer": fuzz_saved_tokenizer,
+    }.items():
         before, start = psutil.Process().memory_info().rss, time.perf_counter()
         outcomes = run(tiny, scratch / f"fuzz-{name}", inputs)
         grown = (psutil.Process().memory_info().rss - before) / 1e6
