@@ -1,6 +1,6 @@
 """What users and files do to the package, done to it: fuzzed files, threads, processes, kill -9, and long use.
 
-    python tests/reliability.py               # at full length, some minutes: `make reliability`
+    python tests/reliability.py               # at full length, 3.5 minutes: `make reliability`
     python tests/reliability.py --share 0.05  # a twentieth of it
 
 Prints the figures that docs/reliability.md states, and fails where something did not hold. test_reliability.py runs
