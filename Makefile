@@ -7,7 +7,7 @@ export PYTHONUNBUFFERED := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo chat test serve quality style test-ecosystem test-vllm test-llamacpp matrix bench tiny long-context
+.PHONY: help demo chat test serve quality style test-ecosystem test-vllm test-llamacpp matrix bench tiny long-context reliability
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 18
@@ -82,6 +82,9 @@ bench: $(VENV)/installed ## the CPU benchmarks (benchmarks/README.md), under 15 
 
 long-context: $(VENV)/installed ## loss and recall at 1 to 4 windows: docs/long-context-results.md
 	$(BIN)/python tools/measure_long_context.py
+
+reliability: $(VENV)/installed ## fuzzing, threads, kill -9 and a soak at full length: docs/reliability.md
+	$(BIN)/python tests/reliability.py
 
 tiny: $(VENV)/installed ## train checkpoints/tiny anew (about half an hour)
 	$(BIN)/python tools/train_tiny.py

@@ -36,8 +36,8 @@ _PIPELINE_PARALLEL_PLAN = {
     "norm": (["hidden_states"], ["hidden_states"]),
 }
 
-# No InternLM v1 dimension comes near this; beyond it a config.json is broken or hostile, and is refused unbuilt.
-_LARGEST_SIZE = 2**24
+# No InternLM v1 dimension comes near these; beyond them a config.json is broken or hostile, and is refused unbuilt.
+_LARGEST_SIZE, _MOST_LAYERS, _MOST_LABELS = 2**24, 1024, 2**20
 
 
 def _invalid(field: str, value: Any, allowed: str, fix: str = "correct it in config.json") -> ValueError:
@@ -182,13 +182,20 @@ class InternLMConfig(_BaseConfig):
         self._validate(head_dim)
         special = {"pad_token_id": pad_token_id, "bos_token_id": bos_token_id, "eos_token_id": eos_token_id}
         for field, value in special.items():
-            for token in value if isinstance(value, list) else [value]:
+            for token in value if isinstance(value, list) and field == "eos_token_id" else [value]:
                 if token is not None:
                     _check_int(field, token, 0, vocab_size - 1)
-        super().__init__(tie_word_embeddings=tie_word_embeddings, **special, **kwargs)
-        # transformers 5 drops the special tokens, as settings of generation; 4.57 keeps them.
-        for field, value in special.items():
-            setattr(self, field, value)
+        _check_int("num_labels", kwargs.get("num_labels") or 0, 0, _MOST_LABELS)  # each gets a name
+        if methods := [name for name in kwargs if callable(getattr(type(self), name, None))]:
+            raise _invalid(methods[0], kwargs[methods[0]], "absent: it is a method", "remove it")
+        try:
+            super().__init__(tie_word_embeddings=tie_word_embeddings, **special, **kwargs)
+            # transformers 5 drops the special tokens, as settings of generation; 4.57 keeps them.
+            for field, value in special.items():
+                setattr(self, field, value)
+            self.to_json_string(use_diff=False)
+        except Exception as error:  # whatever comes of a field of the library's that has the wrong type
+            raise ValueError(f"InternLMConfig: transformers refuses a field of config.json ({error!r}).") from error
 
     @property
     def head_dim(self) -> int:
@@ -196,9 +203,9 @@ class InternLMConfig(_BaseConfig):
         return self.hidden_size // self.num_attention_heads
 
     def _validate(self, head_dim: int | None) -> None:
-        sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-        for field in sizes:
+        for field in ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads"):
             _check_int(field, getattr(self, field), 1, _LARGEST_SIZE)
+        _check_int("num_hidden_layers", self.num_hidden_layers, 1, _MOST_LAYERS)
         _check_int("max_position_embeddings", self.max_position_embeddings, 1, 2**31)
         _check_positive("rms_norm_eps", self.rms_norm_eps, 1.0)
         _check_positive("initializer_range", self.initializer_range, 10.0)

@@ -113,10 +113,20 @@ def _update_cache(arguments: dict[str, Any], keys, values, layer_idx: int, cache
     cache = arguments.pop(_CACHE, None)
     if cache is None:
         return keys, values
+    told: dict[str, Any] = (
+        {"kwargs": arguments} if _VERSION >= (5, 24) else {}
+    )  # generate_batch's reads and changes them
     if _CACHE_IS_TOLD_POSITIONS:
-        return cache.update(keys, values, layer_idx, {"cache_position": cache_position})
-    told = {"kwargs": arguments} if _VERSION >= (5, 24) else {}  # generate_batch's reads and changes them
-    return cache.update(keys, values, layer_idx, **told)
+        told = {"cache_kwargs": {"cache_position": cache_position}}
+    try:
+        return cache.update(keys, values, layer_idx, **told)
+    except (RuntimeError, IndexError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise ValueError(
+            f"The cache cannot take these tokens ({error}): it is another model's, or has another batch size, "
+            "or is a static cache that is full; start with a new one."
+        ) from error
 
 
 # An exported program keeps its matrix products, for its runtime to choose from; is_exporting came with torch 2.7.
@@ -239,6 +249,32 @@ def _slots(attention_mask: Any, key_length: int, device: torch.device) -> torch.
     return (seen.long().cumsum(-1) - 1).clamp(min=0)
 
 
+def _check_inputs(embeds: Any, attention_mask: Any, position_ids: Any, cache: Any, fewest: int, most: int) -> None:
+    """Refuse, by shapes alone, what would be broadcast to nonsense or stumble over in some layer.
+
+    A cache may have as many layers as the model (`most`), or, in early-exit decoding, as are used (`fewest`).
+    """
+    if embeds.dim() != 3:
+        raise ValueError(
+            f"input_ids must be (batch, tokens): give input_ids[None] (found {tuple(embeds.shape[:-1])})."
+        )
+    rows, new = embeds.shape[:2]
+    if position_ids is not None and position_ids.shape not in ((1, new), (rows, new)):
+        raise ValueError(
+            f"position_ids has shape {tuple(position_ids.shape)} for {rows} rows of {new} new tokens: one for each "
+            "is needed. (generate counts them from attention_mask, which needs a column for each token so far.)"
+        )
+    if attention_mask is not None and (attention_mask.dim() not in (2, 4) or attention_mask.shape[0] not in (1, rows)):
+        raise ValueError(
+            f"attention_mask has shape {tuple(attention_mask.shape)} for {rows} rows: it must be (rows, all tokens so "
+            "far), 1 for tokens and 0 for padding."
+        )
+    if cache is not None and not isinstance(cache, Cache):
+        raise ValueError(f"past_key_values is a {type(cache).__name__}: give a transformers cache, as DynamicCache().")
+    if cache is not None and len(cache) and not fewest <= len(cache) <= most:
+        raise ValueError(f"past_key_values has {len(cache)} layers, and this model {most}: start with a new cache.")
+
+
 def _check_mask(attention_mask: Any, key_length: int, cache: Cache | None) -> None:
     """Refuse a mask that does not say of every key whether it is padding; the library would pad it with zeros."""
     static = getattr(cache, "is_compileable", False)
@@ -326,6 +362,8 @@ def eager_attention_forward(
     scores = torch.matmul(query, key.transpose(2, 3)) * scaling
     if attention_mask is not None:
         scores = scores + attention_mask
+    largest = torch.finfo(scores.dtype).max
+    scores = scores.clamp(-largest, largest)  # float16 overflows: a row of -inf, its softmax NaN (the official clamp)
     weights = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
     weights = nn.functional.dropout(weights, p=dropout, training=module.training)
     return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
@@ -537,6 +575,8 @@ class InternLMModel(InternLMPreTrainedModel):
         if input_ids is not None:
             inputs_embeds = self._embed(input_ids)
         assert inputs_embeds is not None
+        layers = self.config.num_hidden_layers
+        _check_inputs(inputs_embeds, attention_mask, position_ids, past_key_values, layers, len(self.layers))
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
 
@@ -569,7 +609,7 @@ class InternLMModel(InternLMPreTrainedModel):
             keys="engine's" if kwargs.keys() & _ENGINE_ARGUMENTS else "new" if past_key_values is None else "cached",
         )
         cache: dict[str, Any] = {_CACHE: past_key_values}
-        for layer in itertools.islice(self.layers, self.config.num_hidden_layers):  # fewer for early-exit decoding
+        for layer in itertools.islice(self.layers, layers):  # fewer for early-exit decoding
             hidden_states = layer(
                 hidden_states,
                 attention_mask=causal_mask,
@@ -592,7 +632,10 @@ class InternLMModel(InternLMPreTrainedModel):
 
     def _embed(self, input_ids: torch.Tensor) -> torch.Tensor:
         if input_ids.shape[-1] == 0:
-            raise ValueError("The prompt has no tokens: give at least one, for example tokenizer.bos_token_id.")
+            raise ValueError(
+                "The prompt has no tokens, or none beyond those in past_key_values: give at least one, for example "
+                "tokenizer.bos_token_id."
+            )
         try:
             return self.embed_tokens(input_ids)
         except IndexError as error:  # on a CPU; a GPU checks nothing without waiting for it

@@ -286,11 +286,17 @@ class InternLMTokenizer(PreTrainedTokenizerFast):
                 f"A JSON file of the tokenizer in {pretrained_model_name_or_path} is broken, or a Git LFS pointer "
                 f"({error}): run `git lfs pull` in the folder, or fetch tokenizer*.json again."
             ) from error
-        except ImportError as error:
+        except (ImportError, TypeError, AttributeError, LookupError, RecursionError) as error:
             # Up to 5.0, whatever __init__ raises is replaced by "protobuf is missing" where protobuf is missing.
-            if isinstance(error.__context__, ValueError):
-                raise error.__context__ from None
-            raise
+            cause = error.__context__ if isinstance(error, ImportError) else error
+            if isinstance(cause, ValueError):
+                raise cause from None
+            if cause is None or isinstance(cause, ImportError):
+                raise
+            raise ValueError(
+                f"A field of the tokenizer's JSON files in {pretrained_model_name_or_path}, or an argument, is not "
+                f"what transformers needs ({cause!r}): correct it, or fetch tokenizer_config.json again."
+            ) from cause
 
     @classmethod
     def convert_to_native_format(cls, **kwargs: Any) -> dict[str, Any]:

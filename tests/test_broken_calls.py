@@ -1,0 +1,290 @@
+"""Calls that go wrong in somebody's program: each works as its user would expect, or says what to do in one line."""
+
+import copy
+import logging
+import math
+
+import pytest
+import torch
+from transformers import DynamicCache, StaticCache
+
+
+ATTENTION = pytest.mark.parametrize("attention", ["sdpa", "eager"])
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model):
+    return copy.deepcopy(tiny_model)  # its attention function is changed here
+
+
+@pytest.fixture(scope="module")
+def ids(tiny_tokenizer) -> torch.Tensor:
+    return tiny_tokenizer("Coming to the beautiful nature, we found", return_tensors="pt").input_ids
+
+
+def logits(model, ids, **inputs) -> torch.Tensor:
+    with torch.inference_mode():
+        return model(ids, **inputs).logits
+
+
+def say(model, ids, new=5, **inputs) -> list[list[int]]:
+    return model.generate(ids, do_sample=False, max_new_tokens=new, **inputs)[:, -new:].tolist()
+
+
+def test_an_empty_prompt_is_refused(model, tiny_tokenizer):
+    nothing = tiny_tokenizer("", add_special_tokens=False, return_tensors="pt").input_ids.long()
+    for call in (model, model.generate):
+        with pytest.raises(ValueError, match=r"The prompt has no tokens.*tokenizer.bos_token_id\.$"):
+            call(nothing)
+
+
+def test_an_empty_text_speaks(model, tiny_tokenizer):
+    """With `<s>` in front, nothing is a prompt too, and so is an empty message."""
+    assert len(say(model, tiny_tokenizer("", return_tensors="pt").input_ids)[0]) == 5
+    assert model.chat(tiny_tokenizer, "", max_new_tokens=3, do_sample=False)[0]
+
+
+@ATTENTION
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_an_all_padding_row_is_finite_and_harms_no_other(attention, dtype, model, ids):
+    model = copy.deepcopy(model).to(dtype)
+    model.set_attn_implementation(attention)
+    two, mask = torch.cat([torch.zeros_like(ids), ids]), torch.zeros(2, ids.shape[1], dtype=torch.long)
+    mask[1] = 1
+    found = logits(model, two, attention_mask=mask)
+    assert found.isfinite().all()
+    atol = {torch.float32: 1e-4, torch.bfloat16: 0.25, torch.float16: 0.03}[dtype]
+    torch.testing.assert_close(found[1], logits(model, ids)[0], atol=atol, rtol=0)
+    if dtype == torch.float32:
+        assert say(model, two, attention_mask=mask)[1] == say(model, ids)[0]
+    assert logits(model, ids, attention_mask=torch.zeros_like(ids)).isfinite().all()
+
+
+@pytest.mark.parametrize("columns", [-2, -1, 1, 2])
+def test_a_mask_of_another_length_is_refused(columns, model, ids):
+    length = ids.shape[1]
+    mask = torch.ones(1, length + columns, dtype=torch.long)
+    with pytest.raises(ValueError, match=f"attention_mask has {length + columns} columns for {length} tokens"):
+        logits(model, ids, attention_mask=mask)
+    mask[0, 0] = 0  # of a mask of ones, more of them than tokens, generate makes no use
+    with pytest.raises(ValueError, match=r"attention_mask.*column.* for each token"):
+        say(model, ids, attention_mask=mask)
+
+
+@pytest.mark.parametrize("shape", [(11,), (1, 1, 11), (2, 11)], ids=str)
+def test_a_mask_of_another_shape_is_refused(shape, model, ids):
+    assert ids.shape[1] == 11
+    with pytest.raises(ValueError, match=r"attention_mask has shape.*for 1 rows: it must be \(rows, all tokens"):
+        logits(model, ids, attention_mask=torch.ones(shape, dtype=torch.long))
+
+
+@pytest.mark.parametrize("shape", [(11,), (1, 1), (1, 10), (1, 12), (2, 11)], ids=str)
+def test_positions_of_another_shape_are_refused(shape, model, ids):
+    """One position for eleven tokens was broadcast to all of them."""
+    with pytest.raises(ValueError, match="position_ids has shape.*for 1 rows of 11 new tokens: one for each"):
+        logits(model, ids, position_ids=torch.zeros(shape, dtype=torch.long))
+
+
+def test_positions_out_of_order_and_repeated_are_obeyed(model, ids):
+    """Rotary attention sees differences of positions: shifted ones change nothing, others do, and stay finite."""
+    plain, count = logits(model, ids), torch.arange(ids.shape[1])[None]
+    torch.testing.assert_close(logits(model, ids, position_ids=count + 50), plain, atol=1e-4, rtol=0)
+    for odd in (count.flip(1), torch.zeros_like(count), count // 2, -count, count * 1000):
+        found = logits(model, ids, position_ids=odd)
+        assert found.isfinite().all() and not torch.allclose(found, plain, atol=0.1)
+
+
+@pytest.mark.parametrize("wrong", [2048, -1, -100, 2**40])
+def test_ids_out_of_range_are_refused(wrong, model, ids):
+    ids = ids.clone()
+    ids[0, 3] = wrong
+    for call in (logits, say):
+        with pytest.raises(IndexError, match=r"outside the vocabulary \(0 to 2047\): encode the text with this"):
+            call(model, ids)
+
+
+def test_one_row_without_its_batch_is_refused(model, ids):
+    for inputs in ({"input_ids": ids[0]}, {"inputs_embeds": torch.zeros(11, 128)}):
+        with pytest.raises(ValueError, match=r"input_ids must be \(batch, tokens\): give input_ids\[None\]"):
+            model(**inputs)
+
+
+def padded(ids: torch.Tensor, sides: list[tuple[int, int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    rows = [torch.nn.functional.pad(ids, side) for side in sides]
+    masks = [torch.nn.functional.pad(torch.ones_like(ids), side) for side in sides]
+    return torch.cat(rows), torch.cat(masks)
+
+
+@ATTENTION
+@pytest.mark.parametrize("repeat", [1, 30], ids=["inside", "beyond the window"])
+def test_mixed_padding_sides(repeat, attention, model, ids):
+    """Each row's tokens as alone, wherever its padding lies."""
+    model.set_attn_implementation(attention)
+    ids = ids.repeat(1, repeat)
+    rows, mask = padded(ids, [(0, 4), (4, 0), (2, 2)])
+    found, alone = logits(model, rows, attention_mask=mask, use_cache=True), logits(model, ids, use_cache=True)[0]
+    for row in range(3):
+        torch.testing.assert_close(found[row, mask[row].bool()], alone, atol=2e-3, rtol=0)
+
+
+def test_right_padding_is_warned_of_by_generate(model, ids, caplog, monkeypatch):
+    """What follows a pad token cannot be what follows the text: the library says so. The other rows are unharmed."""
+    model.set_attn_implementation("sdpa")
+    rows, mask = padded(ids, [(0, 4), (4, 0)])
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    assert say(model, rows, attention_mask=mask)[1] == say(model, ids)[0]
+    assert "right-padding was detected" in caplog.text
+
+
+def test_no_new_tokens_are_refused(model, ids, tiny_tokenizer):
+    """transformers' own words, also through chat and out of stream_chat's thread."""
+    for call in (
+        lambda: say(model, ids, new=0),
+        lambda: model.chat(tiny_tokenizer, "Hello", max_new_tokens=0),
+        lambda: list(model.stream_chat(tiny_tokenizer, "Hello", max_new_tokens=0)),
+    ):
+        with pytest.raises(ValueError, match="`max_new_tokens` must be greater than 0, but is 0"):
+            call()
+
+
+def other_model(model, **changes):
+    config = type(model.config)(**model.config.to_dict() | changes)
+    return type(model)(config).eval()
+
+
+def filled(model, ids, cache=None) -> DynamicCache | StaticCache:
+    cache = DynamicCache() if cache is None else cache
+    logits(model, ids, past_key_values=cache)
+    return cache
+
+
+WRONG_CACHES = {
+    "fewer layers": (lambda m, ids: filled(other_model(m, num_hidden_layers=2), ids), "has 2 layers.* this model 4"),
+    "more layers": (lambda m, ids: filled(other_model(m, num_hidden_layers=6), ids), "has 6 layers.* this model 4"),
+    "other heads": (
+        lambda m, ids: filled(other_model(m, num_attention_heads=2, num_key_value_heads=2), ids),
+        "another model's, or has another batch size",
+    ),
+    "more rows": (lambda m, ids: filled(m, ids.repeat(2, 1)), "another model's, or has another batch size"),
+    "static, more rows": (
+        lambda m, ids: filled(m, ids.repeat(2, 1), StaticCache(config=m.config, max_cache_len=32)),
+        "another model's, or has another batch size",
+    ),
+    "static, full": (
+        lambda m, ids: filled(m, ids, StaticCache(config=m.config, max_cache_len=11)),
+        "a static cache that is full",
+    ),
+    "a tuple": (lambda m, ids: ((torch.zeros(1, 4, 3, 32),) * 2,) * 4, "past_key_values is a tuple: give"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_CACHES)
+def test_a_cache_that_does_not_fit_is_refused(name, model, ids):
+    make, message = WRONG_CACHES[name]
+    cache = make(model, ids)
+    with pytest.raises(ValueError, match=message) as caught:
+        logits(model, ids[:, :1], past_key_values=cache)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_cache_longer_than_the_prompt_is_refused(model, ids):
+    with pytest.raises(ValueError, match="no tokens, or none beyond those in past_key_values"):
+        say(model, ids[:, :3], past_key_values=filled(model, ids))
+
+
+def test_other_dtypes(model, ids):
+    """Masks and positions of any type, 32-bit ids; embeddings in half precision are promoted, float64 is refused."""
+    plain, count = logits(model, ids), torch.arange(ids.shape[1])[None]
+    for inputs in (
+        {"attention_mask": torch.ones(1, 11)},
+        {"attention_mask": torch.ones(1, 11, dtype=torch.bool)},
+        {"position_ids": count.float()},
+        {"position_ids": count.int()},
+    ):
+        assert torch.equal(logits(model, ids, **inputs), plain)
+    assert torch.equal(logits(model, ids.int()), plain)
+    embeds = model.get_input_embeddings()(ids).detach()
+    torch.testing.assert_close(logits(model, None, inputs_embeds=embeds.bfloat16()), plain, atol=0.2, rtol=0)
+    with pytest.raises(RuntimeError, match="dtype"):
+        logits(model, None, inputs_embeds=embeds.double())
+    with pytest.raises(RuntimeError, match="Long, Int; but got torch.FloatTensor"):
+        logits(model, ids.float())
+
+
+def test_inputs_that_are_not_contiguous(model, ids):
+    plain, embeds = logits(model, ids), model.get_input_embeddings()(ids).detach()
+    strided = torch.stack([ids, ids], dim=-1)[..., 0]
+    assert not strided.is_contiguous() and torch.equal(logits(model, strided), plain)
+    turned = embeds.transpose(1, 2).contiguous().transpose(1, 2)
+    assert not turned.is_contiguous()
+    torch.testing.assert_close(logits(model, None, inputs_embeds=turned), plain, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["attention_mask", "position_ids", "inputs_embeds"])
+def test_inputs_on_another_device(name, model, ids):
+    """The device `meta`, the only other one here: torch says which tensor is where."""
+    given = {"attention_mask": torch.ones_like(ids), "position_ids": torch.arange(11)[None]}
+    given["inputs_embeds"] = model.get_input_embeddings()(ids).detach()
+    with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
+        logits(model, None if name == "inputs_embeds" else ids, **{name: given[name].to("meta")})
+
+
+# Half precision near its largest number
+
+
+def official_norm(states: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """The official RMSNorm: variance and normalisation in float32, the result in the weight's dtype."""
+    variance = states.to(torch.float32).pow(2).mean(-1, keepdim=True)
+    return weight * (states * torch.rsqrt(variance + eps)).to(weight.dtype)
+
+
+def official_attention(query, key, value, mask) -> torch.Tensor:
+    """The official attention: product, division, mask and clamp in the model's dtype, softmax in float32."""
+    scores = torch.matmul(query, key.transpose(2, 3)) / math.sqrt(query.shape[-1])
+    scores = torch.max(scores + mask, torch.tensor(torch.finfo(scores.dtype).min))
+    weights = torch.nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    return torch.matmul(weights, value)
+
+
+def test_the_norm_of_the_largest_half_precision_numbers(modeling):
+    norm = modeling.InternLMRMSNorm(128, 1e-6).half()
+    states = (torch.rand(4, 128, generator=torch.Generator().manual_seed(0)) * 2 - 1) * 65504
+    states[0], states[1, ::2], states[2] = 65504, -65504, 0
+    states = states.half()
+    with torch.no_grad():
+        found = norm(states)
+    assert found.isfinite().all() and torch.equal(found, official_norm(states, norm.weight, 1e-6).detach())
+
+
+@pytest.mark.parametrize("sign", [-1, 1], ids=["products to -inf", "products to inf"])
+@pytest.mark.parametrize("hidden", [0, 2], ids=["causal", "left padding"])
+def test_attention_of_the_largest_half_precision_numbers(hidden, sign, modeling, model):
+    """Where products overflow, the official clamp makes -inf finite and leaves +inf to be NaN: ours clamps both."""
+    rng = torch.Generator().manual_seed(1)
+    query = (torch.rand(1, 2, 6, 32, generator=rng) * 60000).half()
+    key, value = sign * query.clone(), torch.randn(1, 2, 6, 32, generator=rng).half()
+    low = torch.finfo(torch.float16).min
+    mask = torch.full((6, 6), low, dtype=torch.float16).triu(1)
+    mask[:, :hidden] = low
+    found, _ = modeling.eager_attention_forward(
+        model.model.layers[0].self_attn, query, key, value, mask[None, None], scaling=32**-0.5
+    )
+    assert found.isfinite().all()
+    official = official_attention(query, key, value, mask[None, None]).transpose(1, 2)
+    finite = official.isfinite()
+    assert finite.all() == (sign < 0)
+    torch.testing.assert_close(found[finite], official[finite], atol=0, rtol=0)
+
+
+@ATTENTION
+def test_overflowing_scores_make_no_nan_logits(attention, modeling, model, ids):
+    """The whole model in float16, with queries and keys so large and opposite that every product overflows."""
+    model = copy.deepcopy(model).half()
+    model.set_attn_implementation(attention)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.q_proj.weight.mul_(400)
+            layer.self_attn.k_proj.weight.copy_(-layer.self_attn.q_proj.weight)
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    assert logits(model, ids, attention_mask=mask).isfinite().all()
