@@ -7,7 +7,7 @@ export PYTHONUNBUFFERED := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo chat test quality style test-ecosystem matrix bench tiny long-context
+.PHONY: help demo chat test quality style test-evaluation test-ecosystem matrix bench tiny long-context
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 18
@@ -24,7 +24,7 @@ chat: $(VENV)/installed ## talk with it in the terminal (MODEL=path-or-repo-id)
 	@$(BIN)/python examples/chat.py $(if $(MODEL),--model "$(MODEL)")
 
 test: $(VENV)/installed ## the tests
-	$(BIN)/python -m pytest -q -m "not slow and not ecosystem and not gpu" -n 2 --dist loadfile
+	$(BIN)/python -m pytest -q -m "not slow and not evaluation and not ecosystem and not gpu" -n 2 --dist loadfile
 
 quality: $(VENV)/installed ## lint, formatting, types
 	$(BIN)/ruff check .
@@ -35,7 +35,15 @@ style: $(VENV)/installed ## mend what `quality` finds and can mend
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-test-ecosystem: .venvs/ecosystem/installed ## tests with peft, trl, bitsandbytes, lm-eval, ... in an environment of their own
+test-evaluation: .venvs/evaluation/installed ## tests that run lm-eval, offline, in an environment of their own
+	.venvs/evaluation/bin/python -m pytest -q -m evaluation tests/test_evaluation.py
+
+.venvs/evaluation/installed: requirements.txt requirements-dev.txt requirements-evaluation.txt
+	$(PYTHON) -m venv .venvs/evaluation
+	.venvs/evaluation/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-dev.txt -r requirements-evaluation.txt
+	@touch $@
+
+test-ecosystem: .venvs/ecosystem/installed ## tests with peft, trl, bitsandbytes, ... in an environment of their own
 	.venvs/ecosystem/bin/python -m pytest -q -m ecosystem
 
 .venvs/ecosystem/installed: requirements.txt requirements-dev.txt requirements-ecosystem.txt
