@@ -679,9 +679,9 @@ class InternLMForCausalLM(InternLMPreTrainedModel, GenerationMixin):
                 streamer.on_finalized_text("", stream_end=True)  # not end(): it decodes what may just have failed
 
         thread = threading.Thread(target=work, daemon=True)
-        thread.start()
         response = ""
         try:
+            thread.start()  # in here: Ctrl-C at this moment must stop it too
             for text in streamer:
                 if text:
                     response += text
@@ -690,7 +690,8 @@ class InternLMForCausalLM(InternLMPreTrainedModel, GenerationMixin):
                 raise errors[0]
         finally:
             abandoned.set()
-            thread.join()
+            if thread.is_alive():
+                thread.join()
 
 
 class _StopWhen(StoppingCriteria):

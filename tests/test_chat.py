@@ -173,7 +173,7 @@ model = AutoModelForCausalLM.from_pretrained(
 )
 model.chat(tokenizer, "hi", max_new_tokens=2)
 in_use = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (in_use + 50_000_000, -1))
+resource.setrlimit(resource.RLIMIT_AS, (in_use + 200_000_000, -1))
 history = [("What is a lake? " * 500, "Water.")] * 2
 for answer in (model.chat, lambda *given: list(model.stream_chat(*given))):
     try:
