@@ -7,7 +7,7 @@ export PYTHONUNBUFFERED := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo chat test serve quality style test-ecosystem test-vllm test-llamacpp matrix bench tiny long-context reliability
+.PHONY: help demo chat test serve quality style test-evaluation test-ecosystem test-vllm test-llamacpp matrix bench tiny long-context reliability
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 18
@@ -32,7 +32,7 @@ serve: .venvs/serving/installed ## an OpenAI-compatible server, docs/serving.md 
 	@touch $@
 
 test: $(VENV)/installed ## the tests
-	$(BIN)/python -m pytest -q -m "not slow and not ecosystem and not gpu" -n 2 --dist loadfile
+	$(BIN)/python -m pytest -q -m "not slow and not evaluation and not ecosystem and not gpu" -n 2 --dist loadfile
 
 quality: $(VENV)/installed ## lint, formatting, types
 	$(BIN)/ruff check .
@@ -42,6 +42,14 @@ quality: $(VENV)/installed ## lint, formatting, types
 style: $(VENV)/installed ## mend what `quality` finds and can mend
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+test-evaluation: .venvs/evaluation/installed ## tests that run lm-eval, offline, in an environment of their own
+	.venvs/evaluation/bin/python -m pytest -q -m evaluation tests/test_evaluation.py
+
+.venvs/evaluation/installed: requirements.txt requirements-dev.txt requirements-evaluation.txt
+	$(PYTHON) -m venv .venvs/evaluation
+	.venvs/evaluation/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-dev.txt -r requirements-evaluation.txt
+	@touch $@
 
 test-ecosystem: .venvs/ecosystem/installed ## tests with peft, trl, bitsandbytes, onnxruntime, openai, ... in an environment of their own
 	.venvs/ecosystem/bin/python -m pytest -q -m ecosystem

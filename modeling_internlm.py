@@ -777,36 +777,59 @@ class InternLMForCausalLM(InternLMPreTrainedModel, GenerationMixin):
         if do_sample:
             settings = {"temperature": temperature, "top_p": top_p, **settings}
         settings.setdefault("eos_token_id", _stop_tokens(tokenizer, self.generation_config))
-        output: Any = self.generate(**inputs, **settings)  # pyright: ignore[reportAttributeAccessIssue]
+        try:
+            output: Any = self.generate(**inputs, **settings)  # pyright: ignore[reportAttributeAccessIssue]
+        except (RuntimeError, MemoryError) as error:
+            if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "allocate memory" not in str(error):
+                raise
+            raise torch.OutOfMemoryError(
+                f"Out of memory at a prompt of {inputs['input_ids'].shape[1]} tokens with {len(history or [])} "
+                f"earlier turns: cut the oldest (history[1:]) or set a smaller max_new_tokens ({max_new_tokens} now)."
+            ) from error
         response = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         return response, [*(history or []), (query, response)]
 
     def stream_chat(
-        self, tokenizer: Any, query: str, history: list[tuple[str, str]] | None = None, **kwargs: Any
+        self,
+        tokenizer: Any,
+        query: str,
+        history: list[tuple[str, str]] | None = None,
+        max_new_tokens: int = 1024,
+        do_sample: bool = True,
+        temperature: float = 0.8,
+        top_p: float = 0.8,
+        **kwargs: Any,
     ) -> Iterator[tuple[str, list[tuple[str, str]]]]:
         """`chat`, word by word: yields (response so far, history with it); the last pair is what `chat` returns.
 
         Generation runs in a thread of its own. What it raises is raised here; when the iterator is dropped, it stops.
 
         Args:
-            tokenizer, query, history, kwargs: As for `chat`, except `streamer`.
+            tokenizer, query, history, max_new_tokens, do_sample, temperature, top_p, kwargs: As for `chat`, except
+                `streamer`.
         """
         abandoned = threading.Event()
         criteria = [*kwargs.pop("stopping_criteria", []), _StopWhen(abandoned)]
         streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
         errors: list[BaseException] = []
+        kwargs |= {
+            "max_new_tokens": max_new_tokens,
+            "do_sample": do_sample,
+            "temperature": temperature,
+            "top_p": top_p,
+        }
 
         def work() -> None:
             try:
                 self.chat(tokenizer, query, history, streamer=streamer, stopping_criteria=criteria, **kwargs)
             except BaseException as error:  # handed over: the consumer must not wait for a thread that has died
                 errors.append(error)
-                streamer.end()
+                streamer.on_finalized_text("", stream_end=True)  # not end(): it decodes what may just have failed
 
         thread = threading.Thread(target=work, daemon=True)
-        thread.start()
         response = ""
         try:
+            thread.start()  # in here: Ctrl-C at this moment must stop it too
             for text in streamer:
                 if text:
                     response += text
@@ -815,7 +838,8 @@ class InternLMForCausalLM(InternLMPreTrainedModel, GenerationMixin):
                 raise errors[0]
         finally:
             abandoned.set()
-            thread.join()
+            if thread.is_alive():
+                thread.join()
 
 
 class _StopWhen(StoppingCriteria):

@@ -203,6 +203,16 @@ def _map_strings(value: Any, change: Callable[[str], str]) -> Any:
     return value
 
 
+def _join_parts(value: Any) -> Any:
+    """Plain messages with the text parts of each content made one: a header must not hide in the seam of two."""
+    if isinstance(value, list):
+        texts: list[Any] = [part.get("text") if isinstance(part, dict) else None for part in value]
+        if texts and all(isinstance(text, str) for text in texts):
+            return [{"type": "text", "text": "".join(texts)}]
+        return [_join_parts(item) for item in value]
+    return {key: _join_parts(item) for key, item in value.items()} if isinstance(value, dict) else value
+
+
 def _guard_role_headers(text: str, how: str) -> str:
     if how not in ("break", "refuse"):
         raise ValueError(f'role_headers={how!r} is not allowed: it must be "keep", "break" or "refuse".')
@@ -452,6 +462,7 @@ class InternLMTokenizer(PreTrainedTokenizerFast):
         """
         kwargs.pop("sanitize_control_tokens", None)
         if role_headers != "keep":
+            conversation = _join_parts(_map_strings(conversation, str))
             conversation, tools, documents = _map_strings(
                 (conversation, tools, documents), lambda text: _guard_role_headers(text, role_headers)
             )

@@ -14,6 +14,7 @@ An interrupted run loses nothing: the same command continues it.
 
 import argparse
 import errno
+import importlib.util
 import io
 import json
 import math
@@ -27,10 +28,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tools import hub_errors as errors
-from tools.convert_files import ConversionError
-from tools.hub_assemble import Assembly, assemble
-from tools.hub_check import check_files, check_loading
-from tools.hub_variant import variants
+
+
+# Before the imports that need them; httpx2 is what tells a huggingface_hub that is recent enough.
+NEEDED = ("torch", "transformers", "accelerate", "sentencepiece", "huggingface_hub", "httpx2", "safetensors", "tqdm")
+if __name__ == "__main__" and (missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]):
+    print(f"upload_to_hub.py: {', '.join(missing)} missing: pip install -r requirements.txt", file=sys.stderr)
+    sys.exit(errors.InputError.code)
+
+from tools.convert_files import ConversionError  # noqa: E402
+from tools.hub_assemble import Assembly, assemble  # noqa: E402
+from tools.hub_check import check_files, check_loading  # noqa: E402
+from tools.hub_variant import variants  # noqa: E402
 
 
 if TYPE_CHECKING:

@@ -1,5 +1,6 @@
 """Everything that touches lm-eval: its tasks and their data, the model in its dress, one task after the other."""
 
+import argparse
 import contextlib
 import functools
 import sys
@@ -82,22 +83,22 @@ def load_tasks(
         The tasks of the benchmarks whose data are complete, and by benchmark's task why the others have to wait.
     """
     loaded, problems = [], {}
-    with tqdm(
-        total=sum(len(names[line.task]) for line in lines), desc="Loading data", disable=False, leave=False
-    ) as bar:
+    with tqdm(total=sum(len(names[line.task]) for line in lines), disable=False, leave=False) as bar:
         for line in lines:
             tasks = []
             try:
                 for name in names[line.task]:
+                    bar.set_description(f"Loading data of {name}")
                     tasks.append((line, load_task(manager, line, name, data)))
-                    bar.update()
-            except (OSError, ValueError, RuntimeError, ImportError) as error:
-                word = "package missing" if isinstance(error, ImportError) else "data not reachable"
+            except Exception as error:  # rows that do not fit their task raise whatever its template raises
+                known = {ImportError: "package missing", (OSError, ValueError, RuntimeError): "data not reachable"}
+                word = next((word for kind, word in known.items() if isinstance(error, kind)), "failed")
                 reason = (str(error).strip() or type(error).__name__).splitlines()[0]
                 problems[line.task] = f"{word}: {reason}"
                 tqdm.write(f"{line.name}: {problems[line.task]}", file=sys.stderr)
             else:
                 loaded += tasks
+            bar.update(len(names[line.task]))
     return loaded, problems
 
 
@@ -111,14 +112,28 @@ class QuietLM(HFLM):
         return super().generate_until(requests, disable_tqdm=True)
 
 
-def load_model(folder: Path, batch_size: int, dtype: str, device: str | None) -> QuietLM:
+def load_model(folder: Path, options: argparse.Namespace, dtype: str) -> QuietLM:
     """The model and its tokenizer as lm-eval wants them: batches to be continued are padded on the left."""
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = AutoModelForCausalLM.from_pretrained(
         folder, trust_remote_code=True, dtype=getattr(torch, dtype), device_map=device
     )
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
-    return QuietLM(pretrained=model.eval(), tokenizer=tokenizer, backend="causal", batch_size=batch_size)
+    return QuietLM(
+        pretrained=model.eval(),
+        tokenizer=tokenizer,
+        backend="causal",
+        batch_size=options.batch_size,
+        max_length=options.max_length,
+    )
+
+
+def is_cut(lm: QuietLM, kind: str, request: tuple) -> bool:
+    """Whether a prompt leaves no room for its answer, so that lm-eval drops its beginning."""
+    text = request[0] if kind == "generate_until" else "".join(request)
+    room = lm.max_length - (request[1].get("max_gen_toks", lm.max_gen_toks) if kind == "generate_until" else -1)
+    # No text has more tokens than bytes: most prompts need no tokenizer to be found short enough. One more is <s>.
+    return len(text.encode()) >= room and len(lm.tok_encode(text)) > room
 
 
 class Listener(CacheHook):
@@ -136,7 +151,7 @@ class Listener(CacheHook):
 class Evaluation:
     """Runs tasks one after the other on one model, with a bar and a clock over all of them."""
 
-    def __init__(self, lm: HFLM, store: Store, limit: int | None, run_code: bool = False) -> None:
+    def __init__(self, lm: QuietLM, store: Store, limit: int | None, run_code: bool = False) -> None:
         self.lm, self.store, self.limit, self.run_code = lm, store, limit, run_code
         self.clock = Clock()
 
@@ -171,8 +186,9 @@ class Evaluation:
         samples = min(self.limit or sys.maxsize, len(task.eval_docs))
         probe = min(4, samples)
         task.set_fewshot_seed(FEWSHOT_SEED)
-        task.build_all_requests(limit=probe, rank=0, world_size=1)
-        for request in task.instances:
+        with contextlib.suppress(Exception):  # rows that do not fit the task: `measure` meets the same and notes it
+            task.build_all_requests(limit=probe, rank=0, world_size=1)
+        for request in task.instances or ():
             kind = request.request_type
             self.clock.plan(task.task_name, kind, work_of(kind, request.args) * samples / probe)
 
@@ -195,6 +211,7 @@ class Evaluation:
             "samples": output["n-samples"][name]["effective"],
             "shots": output["n-shot"][name],
             "requests": len(task.instances),
+            "cut": sum(is_cut(self.lm, request.request_type, request.args) for request in task.instances),
             "answered_before": len(task.instances) - len(asked),
             "seconds": round(time.perf_counter() - started, 2),
             "batch_size": self.lm.batch_size,

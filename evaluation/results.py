@@ -97,6 +97,7 @@ def summarise(line: Benchmark, tasks: list[str], store: Store, problem: str | No
         **{key: getattr(line, key) for key in ("official", "differs", "official_samples")},
         "benchmark": line.name,
         "samples": sum(result["samples"] for result in done),
+        "cut": sum(result["cut"] for result in done),
         "ours": None,
         "difference": None,
     }
@@ -132,6 +133,13 @@ def markdown(rows: list[dict[str, Any]], settings: dict[str, Any]) -> str:
         ]
     if reasons := [f"- {row['benchmark']}: {row['status']}: {row['reason']}" for row in rows if row["reason"]]:
         lines += ["", "Without a score:", "", *reasons]
+    if cut := [f"- {row['benchmark']}: {row['cut']}" for row in rows if row["cut"]]:
+        lines += [
+            "",
+            "Prompts that did not fit into the window and lost their beginning (see --max-length):",
+            "",
+            *cut,
+        ]
     lines += ["", "Measured with " + ", ".join(f"{key} {value}" for key, value in settings.items() if value) + "."]
     notes = [
         f"- {row['benchmark']}: {row['official']}{row['differs'] and '. Here: '}{row['differs']}."

@@ -5,6 +5,7 @@ python evaluation/run.py --model FOLDER --tasks local        # two small tasks t
 python evaluation/run.py --model FOLDER --tasks boolq,piqa --limit 50
 
 Stopped or killed, the same command goes on where it stopped. Needs requirements-evaluation.txt.
+The exit code is 0 only when every benchmark that was asked for has a score.
 """
 
 import argparse
@@ -25,6 +26,13 @@ from evaluation.card import CODE_IS_OFF, Benchmark, select  # noqa: E402
 from evaluation.results import Store, fingerprint, markdown, summarise, write_atomic  # noqa: E402
 
 
+def positive(text: str) -> int:
+    """A whole number of at least one; `argparse` names the option in its error."""
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
+    return int(text)
+
+
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -34,7 +42,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--data", type=Path, help="folder with <task>/<split>.jsonl, used before the data set on the Hub")
     add(
         "--batch-size",
-        type=int,
+        type=positive,
         default=8,
         help="requests at a time (default: 8); float32 scores do not change with it",
     )
@@ -42,21 +50,35 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         "--dtype", default="auto", choices=("auto", "bfloat16", "float16", "float32"), help="default: the checkpoint's"
     )
     add("--device", help="cpu, cuda, cuda:1, or auto to spread over all GPUs (default: cuda if there is one)")
-    add("--limit", type=int, help="only the first LIMIT samples of each task, for a trial run")
+    add("--max-length", type=positive, help="tokens of prompt and answer together (default: the model's window)")
+    add("--limit", type=positive, help="only the first LIMIT samples of each task, for a trial run")
     add("--allow-code-execution", action="store_true", help=f"HumanEval and MBPP, off without this: {CODE_IS_OFF}")
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    if options.data and not options.data.is_dir():
+        parser.error(f"--data: {str(options.data)!r} is no folder")
+    return options
 
 
 def model_folder(model: str) -> Path:
-    """The folder itself, or the repository's snapshot in the Hub's cache."""
-    if Path(model).is_dir():
-        return Path(model)
-    from huggingface_hub import snapshot_download
+    """The folder itself, or the repository's snapshot in the Hub's cache.
 
-    try:
-        return Path(snapshot_download(model))
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"--model {model!r} is no folder here, and the Hub gave none: {error}") from error
+    Raises:
+        SystemExit: There is no such folder or repository, or the model's code does not lie beside its weights.
+    """
+    folder = Path(model)
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+
+        try:
+            folder = Path(snapshot_download(model))
+        except (OSError, ValueError) as error:
+            raise SystemExit(f"--model {model!r} is no folder here, and the Hub gave none: {error}") from error
+    if missing := [name for name in ("config.json", "modeling_internlm.py") if not (folder / name).exists()]:
+        raise SystemExit(
+            f"--model {model!r} lacks {' and '.join(missing)}: a complete folder is made by "
+            f"python upload_to_hub.py --weights {model} --local-dir OUT"
+        )
+    return folder
 
 
 def settings_of(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
@@ -69,6 +91,7 @@ def settings_of(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
         "weights": fingerprint(folder),
         "dtype": dtype if options.dtype == "auto" else options.dtype,
         "limit": options.limit,
+        "max_length": options.max_length,
         **versions,
     }
 
@@ -79,7 +102,9 @@ def measure(
     """Run what is not done yet. Returns, by benchmark's task: its lm-eval tasks, and what stood in its way."""
     from evaluation import harness
 
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    # The retries of a Hub that cannot be reached, and every prompt that is cut: the table says both, once.
+    for name in ("lm_eval", "huggingface_hub.utils._http"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     manager = harness.task_manager(own_only=all((harness.TASKS / f"{line.task}.yaml").exists() for line in lines))
     names = {line.task: harness.leaves(manager, line.task) for line in lines}
     barred = (
@@ -90,7 +115,10 @@ def measure(
         [line for line in lines if line.task not in barred and missing[line.task]], missing, manager, options.data
     )
     if loaded:
-        lm = harness.load_model(folder, options.batch_size, dtype, options.device)
+        try:
+            lm = harness.load_model(folder, options, dtype)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise SystemExit(f"--model {options.model!r} does not load: {error}") from error
         try:
             harness.Evaluation(lm, store, options.limit, options.allow_code_execution).run(loaded, problems)
         except KeyboardInterrupt:
@@ -123,4 +151,7 @@ def main(argv: list[str] | None = None) -> int:
 if __name__ == "__main__":
     # One bar, ours: lm-eval and datasets would each draw several for every task. Ours says disable=False.
     os.environ.setdefault("TQDM_DISABLE", "1")
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit("\nInterrupted before the first question. The same command starts again.")

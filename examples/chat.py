@@ -24,8 +24,9 @@ def answer(model, tokenizer, query: str, history: list, system: str | None, **se
             print(response[len(shown) :], end="", flush=True)
             shown, history = response, turns
     except KeyboardInterrupt:
-        stream.close()
         print(" [stopped]", end="")
+        with contextlib.suppress(KeyboardInterrupt):  # a second Ctrl-C while the last token is made
+            stream.close()
     except (RuntimeError, ValueError) as error:
         print(f"[{error}]\n/reset starts a shorter conversation.", end="")
     print()

@@ -1,12 +1,16 @@
 """chat() and stream_chat(): the official signatures over the chat template, generate and the library's streamers."""
 
+import inspect
+import re
+import subprocess
+import sys
 import threading
 import time
 
 import pytest
 import torch
 from conftest import GOLDEN
-from transformers import LogitsProcessor, LogitsProcessorList, TextIteratorStreamer
+from transformers import AutoModelForCausalLM, LogitsProcessor, LogitsProcessorList, TextIteratorStreamer
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +127,76 @@ def test_error_in_generation_reaches_the_caller(model, tokenizer):
     with pytest.raises(RuntimeError, match="the sky is falling"):
         list(stream)
     assert time.monotonic() - start < 5
+
+
+def test_a_token_without_a_text_is_an_error_and_no_endless_wait(tiny_dir, tokenizer):
+    """An embedding padded beyond the vocabulary can say ids that nothing decodes, not even the streamer's end()."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_dir, trust_remote_code=True, dtype=torch.float32)
+    model.resize_token_embeddings(len(tokenizer) + 64)
+    forced = LogitsProcessorList([Forced(0, [len(tokenizer) + 63])])
+    caught: list[BaseException] = []
+
+    def consume():
+        try:
+            list(model.stream_chat(tokenizer, "hi", logits_processor=forced, max_new_tokens=3))
+        except ValueError as error:
+            caught.append(error)
+
+    consumer = threading.Thread(target=consume, daemon=True)
+    consumer.start()
+    consumer.join(timeout=20)
+    assert not consumer.is_alive()
+    assert "is outside the vocabulary" in str(caught[0])
+
+
+def test_signatures_are_the_official_ones(model):
+    """Names, order and defaults of 2023, so that positional calls mean what they meant."""
+    sampling = {"max_new_tokens": 1024, "do_sample": True, "temperature": 0.8, "top_p": 0.8}
+    for method, expected in (
+        (model.chat, {"streamer": None, **sampling, "meta_instruction": None}),
+        (model.stream_chat, sampling),
+    ):
+        tokenizer, query, history, *rest = inspect.signature(method).parameters.values()
+        assert [tokenizer.name, query.name, history.name] == ["tokenizer", "query", "history"]
+        assert history.default is None
+        named = {each.name: each.default for each in rest if each.kind is not each.VAR_KEYWORD}
+        assert list(named.items()) == list(expected.items())
+
+
+OUT_OF_MEMORY = """
+import resource, sys, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+torch.set_num_threads(1)
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained(
+    sys.argv[1], trust_remote_code=True, dtype=torch.float32, attn_implementation="eager"
+)
+model.chat(tokenizer, "hi", max_new_tokens=2)
+in_use = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (in_use + 200_000_000, -1))
+history = [("What is a lake? " * 500, "Water.")] * 2
+for answer in (model.chat, lambda *given: list(model.stream_chat(*given))):
+    try:
+        answer(tokenizer, "hi", history)
+    except torch.OutOfMemoryError as error:
+        print(error)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the memory of a process as Linux does")
+def test_a_conversation_beyond_the_memory_says_what_to_cut(tiny_dir):
+    """A process with too little memory for the attention of a long history; chat and stream_chat alike."""
+    child = subprocess.run(
+        [sys.executable, "-c", OUT_OF_MEMORY, str(tiny_dir)], capture_output=True, text=True, timeout=120
+    )
+    assert child.returncode == 0, child.stderr
+    for line in (lines := child.stdout.splitlines()):
+        assert re.fullmatch(
+            r"Out of memory at a prompt of \d{4,} tokens with 2 earlier turns: cut the oldest \(history\[1:\]\) "
+            r"or set a smaller max_new_tokens \(1024 now\).",
+            line,
+        )
+    assert len(lines) == 2
 
 
 def test_abandoned_stream_stops_generating(model, tokenizer):

@@ -85,7 +85,7 @@ def test_select_by_group_name_and_task():
 def stored(folder: Path, **scores: float) -> results.Store:
     store = results.Store(folder)
     for task, score in scores.items():
-        store.finish(task, {"metrics": {"acc,none": score}, "samples": round(100 * score)}, [{"doc_id": 0}])
+        store.finish(task, {"metrics": {"acc,none": score}, "samples": round(100 * score), "cut": 3}, [{"doc_id": 0}])
     return store
 
 
@@ -111,6 +111,12 @@ def test_missing_data_is_said_and_never_zero(tmp_path: Path):
 
 def test_a_limited_run_says_so(tmp_path: Path):
     assert "first 7 samples of each task: a trial run" in results.markdown([], {"limit": 7})
+
+
+def test_prompts_that_lost_their_beginning_are_counted(tmp_path: Path):
+    row = results.summarise(select("mmlu")[0], ["a", "b"], stored(tmp_path, a=0.5, b=0.74))
+    assert "lost their beginning (see --max-length):\n\n- MMLU: 6\n" in results.markdown([row], {})
+    assert "lost their beginning" not in results.markdown([row | {"cut": 0}], {})
 
 
 def test_results_of_other_settings_are_not_mixed(tmp_path: Path):
@@ -248,6 +254,30 @@ def test_help_names_every_option_in_a_moment():
         assert option in shown
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--limit", "0"], "--limit: '0' is no whole number of at least 1"),
+        (["--batch-size", "-8"], "--batch-size: '-8' is no whole number"),
+        (["--data", "nowhere"], "--data: 'nowhere' is no folder"),
+        ([], "the following arguments are required: --model"),
+    ],
+)
+def test_a_wrong_option_is_named(options: list[str], said: str, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        run.arguments([*(["--model", "anything"] if options else []), *options])
+    assert stopped.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+def test_weights_without_their_code_are_told_how_to_become_a_model():
+    """checkpoints/tiny itself is what everybody tries first."""
+    with pytest.raises(
+        SystemExit, match="lacks modeling_internlm.py: .* upload_to_hub.py --weights .*tiny --local-dir"
+    ):
+        run.model_folder(str(ROOT / "checkpoints" / "tiny"))
+
+
 def test_without_lm_eval_the_command_says_what_to_install(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(run.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SystemExit, match="pip install -r requirements-evaluation.txt"):
@@ -256,6 +286,8 @@ def test_without_lm_eval_the_command_says_what_to_install(monkeypatch: pytest.Mo
 
 def test_a_trial_run_has_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """So that the full run after it is not refused for its other settings."""
+    for name in ("config.json", "modeling_internlm.py"):
+        (tmp_path / name).touch()
     folders = []
     monkeypatch.setattr(run, "Store", lambda folder: folders.append(folder) or sys.exit())
     monkeypatch.setattr(run.importlib.util, "find_spec", lambda name: True)
@@ -306,7 +338,7 @@ def local_run(offline: None, tiny_dir: Path, tmp_path_factory: pytest.TempPathFa
     return folder
 
 
-@pytest.mark.ecosystem
+@pytest.mark.evaluation
 def test_every_benchmark_has_its_task_metric_and_split_in_lm_eval():
     """Our table against lm-eval's own task files, without data: names, numbers of subjects, metrics, splits, shots."""
     from evaluation import harness
@@ -330,7 +362,7 @@ def test_every_benchmark_has_its_task_metric_and_split_in_lm_eval():
             assert line.runs_code == bool(config.get("unsafe_code")), name
 
 
-@pytest.mark.ecosystem
+@pytest.mark.evaluation
 def test_the_tiny_model_solves_the_local_tasks(local_run: Path):
     """Chance is 25 percent for the sentences and one in ten thousand for the keys."""
     rows = {row["task"]: row for row in json.loads((local_run / "table.json").read_text(encoding="utf-8"))["rows"]}
@@ -340,7 +372,7 @@ def test_the_tiny_model_solves_the_local_tasks(local_run: Path):
     assert not list((local_run / "cache").iterdir())
 
 
-@pytest.mark.ecosystem
+@pytest.mark.evaluation
 def test_same_scores_one_at_a_time_and_in_padded_batches(local_run: Path, tiny_dir: Path, tmp_path: Path):
     """Prompts of different lengths, padded on the left, continued with the cache: every answer the same."""
     measured(tmp_path, tiny_dir, "--tasks", "local", "--batch-size", "1")
@@ -352,7 +384,7 @@ def test_same_scores_one_at_a_time_and_in_padded_batches(local_run: Path, tiny_d
     assert [row["acc"] for row in one] == [row["acc"] for row in eight]
 
 
-@pytest.mark.ecosystem
+@pytest.mark.evaluation
 def test_likelihoods_are_the_models_own(local_run: Path, tiny_model, tiny_tokenizer):
     """What lm-eval scored is the sum of the model's log-probabilities after <s>, nothing cut off and nothing added."""
     for row, sample in zip(
@@ -366,7 +398,7 @@ def test_likelihoods_are_the_models_own(local_run: Path, tiny_model, tiny_tokeni
             assert math.isclose(float(scored[0]), expected, abs_tol=2e-3), choice
 
 
-@pytest.mark.ecosystem
+@pytest.mark.evaluation
 def test_a_killed_run_goes_on_inside_the_task(local_run: Path, tiny_dir: Path, tmp_path: Path):
     """SIGKILL in the middle of the second task: the first is not run again, the second only asks what is missing."""
     command = [sys.executable, str(ROOT / "evaluation" / "run.py"), "--model", str(tiny_dir), "--out", str(tmp_path)]
@@ -391,7 +423,7 @@ def test_a_killed_run_goes_on_inside_the_task(local_run: Path, tiny_dir: Path, t
     assert answers(tmp_path, "internlm_recall") == answers(local_run, "internlm_recall")
 
 
-@pytest.mark.ecosystem
+@pytest.mark.evaluation
 def test_an_interrupted_run_says_so_and_repeats_no_answer(
     local_run: Path, tiny_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ):
@@ -449,7 +481,7 @@ ROWS = {
 }
 
 
-@pytest.mark.ecosystem
+@pytest.mark.evaluation
 def test_the_cards_tasks_run_on_rows_of_their_data_sets(offline: None, tiny_dir: Path, tmp_path: Path):
     """One row each, in the form of the data set on the Hub, given by --data: prompt, choices and metric all fit."""
     for task, row in ROWS.items():
@@ -469,7 +501,78 @@ def test_the_cards_tasks_run_on_rows_of_their_data_sets(offline: None, tiny_dir:
     assert rows["boolq"]["status"] == "data not reachable" and "no train.jsonl" in rows["boolq"]["reason"]
 
 
-@pytest.mark.ecosystem
+@pytest.mark.evaluation
+def test_rows_that_do_not_fit_their_task_stop_no_other(offline: None, tiny_dir: Path, tmp_path: Path):
+    """BoolQ's rows lack the passage, which shows as soon as the work is reckoned; PIQA is measured all the same."""
+    rows = {"boolq": {"question": "did we find a river", "label": 1}, "piqa": ROWS["piqa"]}
+    for task, row in rows.items():
+        (tmp_path / task).mkdir()
+        for split in ("train", "validation"):
+            (tmp_path / task / f"{split}.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
+    code, lines = measured(tmp_path / "out", tiny_dir, "--tasks", "boolq,piqa", "--data", str(tmp_path))
+    assert code == 1
+    assert (lines["boolq"]["status"], lines["boolq"]["ours"]) == ("failed", None)
+    assert "'passage' is undefined" in lines["boolq"]["reason"]
+    assert (lines["piqa"]["status"], lines["piqa"]["samples"]) == ("done", 1)
+
+
+@pytest.mark.evaluation
+def test_prompts_beyond_the_window_are_counted(local_run: Path, tiny_dir: Path, tiny_tokenizer, tmp_path: Path):
+    """Of a prompt that leaves no room for the 12 tokens of its answer the beginning is lost: never in silence."""
+    whole = [json.loads((local_run / "raw" / f"{line.task}.json").read_text())["cut"] for line in LOCAL]
+    assert whole == [0, 0]
+    lengths = sorted(len(tiny_tokenizer(row["prompt"]).input_ids) for row in local_rows("internlm_recall"))
+    window = lengths[40] + 12
+    _, rows = measured(tmp_path, tiny_dir, "--tasks", "internlm_recall", "--max-length", str(window))
+    assert rows["internlm_recall"]["cut"] == sum(length > lengths[40] for length in lengths) > 0
+    assert "(see --max-length)" in (tmp_path / "table.md").read_text(encoding="utf-8")
+
+
+# The real scorer lies on the Hub. This one, found in the working directory, runs each program in a process of its own.
+CODE_EVAL = """
+import os
+import subprocess
+import sys
+import datasets
+import evaluate
+
+class CodeEval(evaluate.Metric):
+    def _info(self):
+        columns = {"predictions": datasets.Sequence(datasets.Value("string")), "references": datasets.Value("string")}
+        return evaluate.MetricInfo("", "", datasets.Features(columns))
+
+    def _compute(self, predictions, references, k):
+        assert os.environ["HF_ALLOW_CODE_EVAL"] == "1"
+        programs = [f"{written[0]}\\n{test}" for written, test in zip(predictions, references)]
+        passed = [subprocess.run([sys.executable, "-c", each], timeout=60).returncode == 0 for each in programs]
+        return {"pass@1": sum(passed) / len(passed)}, passed
+"""
+
+
+@pytest.mark.evaluation
+def test_allowed_code_is_run_and_scored(tiny_dir: Path, tmp_path: Path):
+    """A HumanEval row whose string literal swallows whatever the tiny model writes: the first check passes."""
+    for folder, text in (("code_eval/code_eval.py", CODE_EVAL), ("data/humaneval/test.jsonl", "")):
+        (tmp_path / folder).parent.mkdir(parents=True)
+        (tmp_path / folder).write_text(text, encoding="utf-8")
+    row = {"task_id": "0", "entry_point": "one", "prompt": 'def one():\n    return 1\n"""'}
+    checks = [f'"""\ndef check(one):\n    assert one() == {expected}\n' for expected in (1, 2)]
+    lines = "".join(json.dumps(row | {"test": check}) + "\n" for check in checks)
+    (tmp_path / "data/humaneval/test.jsonl").write_text(lines, encoding="utf-8")
+    command = [sys.executable, str(ROOT / "evaluation" / "run.py"), "--model", str(tiny_dir), "--out", "out"]
+    command += ["--tasks", "humaneval", "--data", "data", "--max-length", "1100", "--dtype", "float32"]
+    ran = subprocess.run(
+        [*command, "--device", "cpu", "--allow-code-execution"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert "| HumanEval | 50.00 | 25.61 | +24.39 | 0 | pass@1 | 2 |" in ran.stdout
+
+
+@pytest.mark.evaluation
 def test_unreachable_data_and_code_are_reported_not_scored(offline: None, tiny_dir: Path, tmp_path: Path, capsys):
     code, rows = measured(tmp_path, tiny_dir, "--tasks", "internlm_cmrc,bbh,humaneval,mbpp")
     assert code == 1

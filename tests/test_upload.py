@@ -364,6 +364,13 @@ FAILURES = {
         hub_errors.LocalCheckFailed,
         "README.md: its front matter, between two lines ---, must give a license at least.",
     ),
+    "card refused by the Hub": (
+        lambda hub: None,
+        ["--card", "FLOW"],
+        TOKEN,
+        hub_errors.LocalCheckFailed,
+        "The Hub does not accept the card: ",
+    ),
     "target moved after the plan": (
         lambda hub: hub.on("POST", "/preupload/", move_target(hub, "user/failing")),
         [],
@@ -391,7 +398,9 @@ def test_failures_have_one_message_and_a_rerun_works(
     switch_on, more, token, error, message = FAILURES[name]
     switch_on(quiet_hub)
     argv = [*ASSEMBLE, "--local-dir", folder, "--repo-id", "user/failing", *QUICK]
-    more = [str(tmp_path / "card.md") if word == "CARD" else word for word in more]
+    (tmp_path / "flow.md").write_text("---\n{license: mit}\n---\n")  # YAML, but not as the Hub of the tests wants it
+    cards = {"CARD": tmp_path / "card.md", "FLOW": tmp_path / "flow.md"}
+    more = [cards.get(word, word) for word in more]
     code, text = worker.run(*argv, *more, token=token)
     assert code == error.code, text
     assert message in text
@@ -523,6 +532,15 @@ def test_alone_it_says_what_it_needs() -> None:
     assert code == 2
     assert "give --weights FOLDER (the old checkpoint), and --repo-id NAMESPACE/NAME" in text
     assert "hf auth login" in text
+
+
+def test_without_its_packages_it_says_what_to_install() -> None:
+    """Python alone, as after a fresh clone: -S leaves the installed packages out."""
+    command = [sys.executable, "-S", str(ROOT / "upload_to_hub.py")]
+    child = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert child.returncode == hub_errors.InputError.code
+    assert child.stderr.startswith("upload_to_hub.py: torch, ")
+    assert child.stderr.endswith(" missing: pip install -r requirements.txt\n")
 
 
 def test_help_lists_every_option_and_exit_code() -> None:
