@@ -12,6 +12,7 @@ V vocab_size.
 """
 
 import functools
+import inspect
 import itertools
 import threading
 from collections.abc import Callable, Iterator
@@ -89,6 +90,11 @@ def _takes_cache(forward: Callable) -> Callable:
             kwargs["cache"] = cache
         return forward(*args, **kwargs)
 
+    # The library's pipeline parallelism drops what the signature does not name.
+    signature = inspect.signature(forward)
+    *named, rest = signature.parameters.values()
+    cache = inspect.Parameter("cache", inspect.Parameter.KEYWORD_ONLY, default=None)
+    setattr(renamed, "__signature__", signature.replace(parameters=[*named, cache, rest]))  # noqa: B010
     return renamed
 
 
