@@ -818,7 +818,8 @@ class InternLMForCausalLM(InternLMPreTrainedModel, GenerationMixin):
         criteria = [*kwargs.pop("stopping_criteria", []), _StopWhen(abandoned)]
         streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
         errors: list[BaseException] = []
-        kwargs |= {"max_new_tokens": max_new_tokens, "do_sample": do_sample, "temperature": temperature, "top_p": top_p}
+        kwargs |= {"max_new_tokens": max_new_tokens, "do_sample": do_sample}
+        kwargs |= {"temperature": temperature, "top_p": top_p}
 
         def work() -> None:
             try:
