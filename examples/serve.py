@@ -6,8 +6,8 @@ The model id that a client names is the one given here.
 """
 
 import argparse
+import sys
 
-import transformers
 from demo import tiny_model
 from transformers import AutoConfig
 from transformers.cli.transformers import app
@@ -22,9 +22,10 @@ def main() -> None:
     arguments, options = parser.parse_known_args()
     name = arguments.model or tiny_model()
     config = AutoConfig.from_pretrained(name, trust_remote_code=True)
-    # `transformers serve` looks the model's class up in transformers, by name, where remote code is not.
+    # `transformers serve` looks the model's class up in transformers, by name, where remote code is not. In the module
+    # as it is listed now: `import transformers` at the top can be one that transformers has since replaced.
     model_class = get_class_from_dynamic_module(config.auto_map["AutoModelForCausalLM"], name)
-    setattr(transformers, model_class.__name__, model_class)
+    setattr(sys.modules["transformers"], model_class.__name__, model_class)
     app(["serve", name, "--trust-remote-code", *options])
 
 

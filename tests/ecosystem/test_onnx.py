@@ -37,8 +37,8 @@ def test_growing_cache(tiny_model, tiny_tokenizer, tmp_path):
         positions = torch.arange(ids.shape[1]).expand(2, -1)
         while len(tokens) < 24:
             runner = runners["decode" if tokens else "prefill"]
-            outputs = runner(input_ids=new, position_ids=positions, past_key_values=cache)
-            new, cache = outputs.logits[:, -1:].argmax(-1), outputs.past_key_values
+            outputs = runner(input_ids=new, position_ids=positions, cache=cache)
+            new, cache = outputs.logits[:, -1:].argmax(-1), outputs.cache
             positions = positions[:, -1:] + 1
             assert new[0] == new[1]
             tokens.append(new[0].item())
@@ -57,8 +57,8 @@ def test_static_cache(tiny_model, tiny_tokenizer, tmp_path):
     for place in range(CAPACITY - 1):  # the decoding step reads the prompt too, token by token
         mask = (torch.arange(CAPACITY) <= place)[None, None, None]
         new, position = torch.tensor([[tokens[place]]]), torch.tensor([[place]])
-        outputs = step(input_ids=new, attention_mask=mask, position_ids=position, past_key_values=cache)
-        cache = outputs.past_key_values
+        outputs = step(input_ids=new, attention_mask=mask, position_ids=position, cache=cache)
+        cache = outputs.cache
         if place + 1 == len(tokens):
             tokens.append(outputs.logits[0, -1].argmax().item())
     free = {"eos_token_id": None, "max_length": CAPACITY, "do_sample": False}
