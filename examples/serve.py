@@ -6,10 +6,10 @@ The model id that a client names is the one given here.
 """
 
 import argparse
-import sys
 
 from demo import tiny_model
 from transformers import AutoConfig
+from transformers.cli.serving import model_manager
 from transformers.cli.transformers import app
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
@@ -22,10 +22,10 @@ def main() -> None:
     arguments, options = parser.parse_known_args()
     name = arguments.model or tiny_model()
     config = AutoConfig.from_pretrained(name, trust_remote_code=True)
-    # `transformers serve` looks the model's class up in transformers, by name, where remote code is not. In the module
-    # as it is listed now: `import transformers` at the top can be one that transformers has since replaced.
+    # `transformers serve` looks the model's class up in transformers, by name, where remote code is not. Set in the
+    # module that it sees: the one of an `import transformers` here may have been replaced since (5.24).
     model_class = get_class_from_dynamic_module(config.auto_map["AutoModelForCausalLM"], name)
-    setattr(sys.modules["transformers"], model_class.__name__, model_class)
+    setattr(model_manager.transformers, model_class.__name__, model_class)
     app(["serve", name, "--trust-remote-code", *options])
 
 
