@@ -1,14 +1,11 @@
 """`make serve`'s server, asked by the real openai client: the replies are transformers' greedy ones."""
 
-import socket
-import subprocess
 import sys
-import time
 
 import openai
 import pytest
 import torch
-from conftest import ROOT
+from openai_server import client_of
 
 
 pytestmark = pytest.mark.ecosystem
@@ -20,28 +17,9 @@ GREEDY = {"max_tokens": 24, "temperature": 0}
 @pytest.fixture(scope="module")
 def client(tiny_dir, tmp_path_factory):
     """A client of a server that ends with the module."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     command = [sys.executable, "examples/serve.py", "--model", str(tiny_dir), "--dtype", "float32", "--device", "cpu"]
-    log = tmp_path_factory.mktemp("serve") / "log.txt"
-    with log.open("wb") as output:
-        options = ["--host", "127.0.0.1", "--port", str(port)]
-        server = subprocess.Popen([*command, *options], cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
-    try:
-        deadline = time.monotonic() + 120
-        while server.poll() is None and time.monotonic() < deadline:
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", port)) == 0:
-                    break
-            time.sleep(0.2)
-        else:
-            pytest.fail(log.read_text())
-        with openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", timeout=60) as client:
-            yield client
-    finally:
-        server.terminate()
-        server.wait(30)
+    with client_of(command, tmp_path_factory.mktemp("serve") / "log.txt", patience=120) as client:
+        yield client
 
 
 def greedy(model, tokenizer, prompt: str, new: int = 24) -> str:

