@@ -94,5 +94,5 @@ long-context: $(VENV)/installed ## loss and recall at 1 to 4 windows: docs/long-
 reliability: $(VENV)/installed ## fuzzing, threads, kill -9 and a soak at full length: docs/reliability.md
 	$(BIN)/python tests/reliability.py
 
-tiny: $(VENV)/installed ## train checkpoints/tiny anew (about half an hour)
+tiny: $(VENV)/installed ## train checkpoints/tiny anew (about an hour)
 	$(BIN)/python tools/train_tiny.py

@@ -147,6 +147,9 @@ _OWN_LENGTH_LIMIT = 32
 # So many logits at a time go through the loss: 128 MB of them in float32.
 _LOSS_PIECE = 2**25
 
+# So many numbers of the cached keys at a time are turned on a CPU: 1 MB in float32.
+_READ_PIECE = 2**18
+
 # Beyond so many windows nobody has seen dynamic NTK work; a longer text is read, with a warning.
 _SENSIBLE_WINDOWS = 8
 
@@ -212,7 +215,7 @@ class RotaryTables(NamedTuple):
 def _frequencies(config: InternLMConfig, device: torch.device) -> torch.Tensor:
     """The trained theta, (D / 2,), always float32: in half precision 5000 positions keep 797 distinct angles."""
     exponents = torch.arange(0, config.head_dim, 2, device=device, dtype=torch.float32) / config.head_dim
-    return 1.0 / config.rotary["base"] ** exponents
+    return torch.pow(config.rotary["base"], exponents).reciprocal()
 
 
 def _ntk_log_ratio(config: InternLMConfig, lengths: torch.Tensor) -> torch.Tensor:
@@ -321,15 +324,18 @@ def _rotary_tables(
     return RotaryTables(*_cos_sin(angles, embeds.dtype), read, cache_position)
 
 
+def _projection() -> Callable[[Any, torch.Tensor], torch.Tensor]:
+    """What applies a linear layer to states: the layer's own call, and in torch.compile `_project`."""
+    return _project if torch.compiler.is_compiling() else nn.Module.__call__
+
+
 def _project(linear: Any, states: torch.Tensor) -> torch.Tensor:
-    """`linear(states)`; for one token on a CPU, torch.compile gets the product written out.
+    """`linear(states)` for torch.compile, with the product of one token on a CPU written out.
 
     The weight is all that such a product reads, and the CPU's math libraries read it with one core: inductor's own
     loop, which takes all of them, needs half the time on two (benchmarks/cpu.py, "compiled").
     """
-    if not torch.compiler.is_compiling() or _is_exporting() or not _is_plain(linear):
-        return linear(states)
-    if states.device.type != "cpu" or states.shape[:-1].numel() != 1:
+    if states.device.type != "cpu" or states.shape[:-1].numel() != 1 or _is_exporting() or not _is_plain(linear):
         return linear(states)
     product = (states.float().unsqueeze(-2) * linear.weight.float()).sum(-1)
     return (product if linear.bias is None else product + linear.bias).to(states.dtype)
@@ -350,8 +356,9 @@ class InternLMMLP(nn.Module):
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        gate, up = _project(self.gate_proj, hidden_states), _project(self.up_proj, hidden_states)
-        return _project(self.down_proj, self.act_fn(gate) * up)
+        project = _projection()
+        gate, up = project(self.gate_proj, hidden_states), project(self.up_proj, hidden_states)
+        return project(self.down_proj, self.act_fn(gate) * up)
 
 
 def eager_attention_forward(
@@ -366,12 +373,21 @@ def eager_attention_forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Plain attention, (B, H, Q, D) -> ((B, Q, H, D), probabilities (B, H, Q, K)); softmax in float32."""
     scores = torch.matmul(query, key.transpose(2, 3)) * scaling
-    if attention_mask is not None:
-        scores = scores + attention_mask
+    return _weigh(scores, value, attention_mask, dropout if module.training else 0.0)
+
+
+def _weigh(
+    scores: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None, dropout: float = 0.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention from its scores, (B, H, Q, K), on: mask, softmax and the weighted sum of the values."""
     largest = torch.finfo(scores.dtype).max
+    if attention_mask is not None and attention_mask.dtype == torch.bool:
+        scores = scores.masked_fill(~attention_mask, -largest)
+    elif attention_mask is not None:
+        scores = scores + attention_mask
     scores = scores.clamp(-largest, largest)  # float16 overflows: a row of -inf, its softmax NaN (the official clamp)
-    weights = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
-    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    weights = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(value.dtype)
+    weights = nn.functional.dropout(weights, p=dropout)
     return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
 
 
@@ -399,15 +415,16 @@ class InternLMAttention(nn.Module):
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         cos, sin, read, cache_position = position_embeddings
+        project = _projection()
         input_shape = hidden_states.shape[:-1]
-        queries, keys = _project(self.q_proj, hidden_states), _project(self.k_proj, hidden_states)  # (B, Q, E)
+        queries, keys = project(self.q_proj, hidden_states), project(self.k_proj, hidden_states)  # (B, Q, E)
         if input_shape[-1] == 1:  # one turn for both: for one token the number of operations is what costs
             both = torch.cat((queries, keys), dim=-1).view(*input_shape, -1, self.head_dim).transpose(1, 2)
             queries, keys = _rotate(both, cos, sin).chunk(2, dim=1)  # (B, H, Q, D)
         else:
             queries = _rotate(queries.view(*input_shape, -1, self.head_dim).transpose(1, 2), cos, sin)
             keys = _rotate(keys.view(*input_shape, -1, self.head_dim).transpose(1, 2), cos, sin)
-        values = _project(self.v_proj, hidden_states).view(*input_shape, -1, self.head_dim).transpose(1, 2)
+        values = project(self.v_proj, hidden_states).view(*input_shape, -1, self.head_dim).transpose(1, 2)
         keys, values = _update_cache(kwargs, keys, values, self.layer_idx, cache_position)  # (B, H, K, D)
 
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
@@ -418,7 +435,7 @@ class InternLMAttention(nn.Module):
         output, weights = attention_interface(
             self, queries, keys, values, attention_mask, dropout=0.0, scaling=self.scaling, **kwargs
         )
-        return _project(self.o_proj, output.reshape(*input_shape, -1)), weights
+        return project(self.o_proj, output.reshape(*input_shape, -1)), weights
 
 
 def _turned(
@@ -430,8 +447,11 @@ def _turned(
         if len(read) > 1:
             return one_by_one(module, queries, keys, values, attention_mask, **kwargs)
         queries = _rotate(queries, *(table.index_select(2, cache_position) for table in read[0]))
-        if torch.compiler.is_compiling() and queries.shape[2] == 1 and isinstance(attention_mask, torch.Tensor):
-            return _attend_fused(queries, keys, values, attention_mask, module.scaling, *read[0])
+        # Not in float16: the two halves of a score can overflow where their sum does not.
+        single = queries.shape[2] == 1 and (queries.dtype != torch.float16 or torch.compiler.is_compiling())
+        if single and module.config._attn_implementation in ("eager", "sdpa"):
+            scores = _turned_scores(queries, keys, *read[0]) * module.scaling
+            return _weigh(scores, values, attention_mask)
         return attention(module, queries, _rotate(keys, *read[0]), values, attention_mask, **kwargs)
 
     def one_by_one(module, queries, keys, values, attention_mask, **kwargs):
@@ -447,31 +467,19 @@ def _turned(
     return turn_and_attend
 
 
-def _attend_fused(
-    queries: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    attention_mask: torch.Tensor,
-    scaling: float,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """One token's attention to keys that are turned as they are read, for torch.compile.
+def _turned_scores(queries: torch.Tensor, keys: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Products of one query, (B, H, 1, D), with keys turned as they are read, (B, H, 1, K), without copying all keys.
 
-    Written out, turn and product become one loop that reads the keys once; an attention function would need the turned
-    keys as a tensor of their own, written and read again.
+    To turn a key forth is to turn the query back. Compiled, that is one loop that reads the keys once. In eager mode
+    the turn is taken apart, keys * cos and keys * sin times a query each, and a CPU takes the keys in pieces that stay
+    in its cache.
     """
-    half = queries.shape[-1] // 2
-    (q1, q2), (k1, k2) = queries.split(half, dim=-1), keys.split(half, dim=-1)
-    cos, sin = cos[..., :half], sin[..., half:]
-    products = q1 * (k1 * cos - k2 * sin) + q2 * (k2 * cos + k1 * sin)  # (B, H, K, D / 2)
-    scores = products.float().sum(-1)[:, :, None] * scaling  # (B, H, 1, K)
-    if attention_mask.dtype == torch.bool:
-        scores = scores.masked_fill(~attention_mask, torch.finfo(torch.float32).min)
-    else:
-        scores = scores + attention_mask
-    weights = nn.functional.softmax(scores, dim=-1).to(values.dtype)
-    return torch.matmul(weights, values).transpose(1, 2), weights
+    if torch.compiler.is_compiling():
+        return (keys * _rotate(queries, cos, -sin)).float().sum(-1)[:, :, None]
+    size = max(1, _READ_PIECE // keys[:, :, 0].numel()) if keys.device.type == "cpu" else keys.shape[2]
+    across = queries.roll(queries.shape[-1] // 2, -1)
+    pieces = zip(*(tensor.split(size, dim=2) for tensor in (keys, cos, sin)), strict=True)
+    return torch.cat([queries @ (k * c).mT - across @ (k * s).mT for k, c, s in pieces], dim=-1)
 
 
 class InternLMDecoderLayer(GradientCheckpointingLayer):
@@ -600,9 +608,11 @@ class InternLMModel(InternLMPreTrainedModel):
             position_ids = cache_position[None]
             if has_padding_mask:
                 position_ids = _slots(attention_mask, key_length, device).index_select(1, cache_position)
-        causal_mask = _causal_mask(
-            self.config, inputs_embeds, attention_mask, past_key_values, position_ids, cache_position
-        )
+        causal_mask = None
+        if not self._sees_all(new, attention_mask, past_key_values):
+            causal_mask = _causal_mask(
+                self.config, inputs_embeds, attention_mask, past_key_values, position_ids, cache_position
+            )
         hidden_states = inputs_embeds
         tables = _rotary_tables(
             self.config,
@@ -624,6 +634,11 @@ class InternLMModel(InternLMPreTrainedModel):
                 **{**cache, **kwargs},  # in this order: generate_batch's is among kwargs
             )
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **cache)
+
+    def _sees_all(self, new: int, attention_mask: Any, cache: Any) -> bool:
+        """Whether there is nothing to mask: one new token, no padding, no empty places as in a static cache."""
+        unpadded = new == 1 and attention_mask is None and not getattr(cache, "is_compileable", False)
+        return unpadded and self.config._attn_implementation == "sdpa"
 
     def _warn_far_beyond_the_window(self, key_length: int) -> None:
         window = self.config.max_position_embeddings
@@ -729,7 +744,7 @@ class InternLMForCausalLM(InternLMPreTrainedModel, GenerationMixin):
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = _project(self.lm_head, outputs.last_hidden_state[:, kept])
+        logits = _projection()(self.lm_head, outputs.last_hidden_state[:, kept])
         loss = None
         if labels is not None:
             loss = _loss(self.loss_function, logits, labels, self.config.vocab_size, **kwargs)

@@ -9,8 +9,20 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, logg
 
 
 EXAMPLES = {
-    "food": ["We ate bread and cheese.", "She cut the apples for a cake.", "我们吃了面包和奶酪。", "他喝了一碗热汤。"],
-    "sky": ["The sky is blue.", "White clouds drifted over us.", "天空像大海一样蓝。", "星星在夜里闪着光。"],
+    "food": [
+        "We ate bread and cheese.",
+        "She cut the apples for a cake.",
+        "我们吃了面包和奶酪。",
+        "他喝了一碗热汤。",
+        "我吃了苹果。",
+    ],
+    "sky": [
+        "The sky is blue.",
+        "White clouds drifted over us.",
+        "天空像大海一样蓝。",
+        "星星在夜里闪着光。",
+        "太阳慢慢升起。",
+    ],
 }
 SENTENCES = ["They shared a cake and some apples.", "The sun rose above the clouds.", "我喝了汤，吃了面包。"]
 

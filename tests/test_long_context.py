@@ -1,5 +1,6 @@
 """Dynamic NTK beyond the window, in every way that tokens can reach the model (golden checkpoint, window 64)."""
 
+import contextlib
 import copy
 
 import pytest
@@ -210,6 +211,21 @@ def test_static_cache_gives_the_same_tokens(model, ids, prompt):
     assert greedy(model, tokens, cache_implementation="static").tolist() == expected
     if prompt == 20:  # beyond the window reading anew and reading on are different functions (docs/long-context.md)
         assert greedy(model, tokens, use_cache=False).tolist() == expected
+
+
+@pytest.mark.parametrize("kind", ("offloaded", "offloaded_static"))
+def test_offloaded_caches_give_the_same_tokens(model, ids, kind, monkeypatch):
+    """The library's own code, which keeps one layer's keys at hand, without its waiting for a GPU's streams."""
+
+    class NoStream(contextlib.nullcontext):
+        def wait_stream(self, other):
+            pass
+
+    monkeypatch.setattr(torch, "Stream", NoStream)
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda device: NoStream())
+    inputs = ids[:1, : WINDOW + 20]
+    expected = greedy(model, inputs)
+    assert torch.equal(greedy(model, inputs, cache_implementation=kind), expected)
 
 
 @pytest.mark.parametrize("way", ("assisted", "prompt lookup"))

@@ -57,15 +57,17 @@ _CHINESE_KEYS = """
 老鹰 羽毛 笛子 生姜 蜂巢 茉莉 梯子 灯笼 柠檬 镜子 珍珠 枕头 丝带 红宝石 马鞍 白银
 """
 KEY_WORDS = {"en": _ENGLISH_KEYS.split(), "zh": _CHINESE_KEYS.split()}
-RECALL = {"en": ("The key of {key} is", " ", "."), "zh": ("{key}的钥匙是", "", "。")}
+# The value follows its key at once, in English as part of the same word: what is learnt is to find the key and to copy
+# what came after it. With words between the two ("The key of amber is 4729") a model of this size does not learn it.
+RECALL = {"en": ("The key is {key}", "."), "zh": ("{key}的钥匙是", "。")}
 # The first line of a recall document: without it a story would soon drift into keys.
 HEADING = {"en": "Remember these keys.\n", "zh": "请记住这些钥匙。\n"}
 
 
 def recall_line(key: str, value: str, language: str = "en", told: bool = True) -> list[tuple[str, bool]]:
     """The one sentence that both tells a value (`told`) and, later, recalls it."""
-    stem, gap, stop = RECALL[language]
-    return [(stem.format(key=key), True), (gap + value, not told), (stop, True)]
+    stem, stop = RECALL[language]
+    return [(stem.format(key=key), True), (value, not told), (stop, True)]
 
 
 def filler_line(rng: random.Random, language: str = "en") -> str:
@@ -76,36 +78,38 @@ def filler_line(rng: random.Random, language: str = "en") -> str:
 
 
 def recall_document(rng: random.Random, room: int = 240, keys: int | None = None) -> Document:
-    """Keys are told, between lines of filler, and recalled: all after all, or one by one at any later time.
+    """Keys are told and recalled once each, between lines of filler that fill the room.
+
+    They are recalled at any later time, or after all are told, or so in reverse order: the first key then lies the
+    whole document behind, and every distance that fits is met.
 
     Args:
         rng: Source of randomness.
         room: Length in tokens, roughly and at most.
-        keys: How many keys; by default up to 15, and never more than there is room to tell.
+        keys: How many keys; by default any number that there is room to tell and recall.
     """
-    language = rng.choice(("en", "en", "en", "zh"))
-    line_cost, letters_per_token = (12, 3.5) if language == "en" else (12, 1.5)
-    keys = max(1, min(keys or rng.randint(2, 15), room // line_cost - 2, len(KEY_WORDS[language])))
-    values = {key: f"{rng.randrange(10000):04d}" for key in rng.sample(KEY_WORDS[language], keys)}
-    waiting, told, unasked = list(values), [], []
-    filler, ask_early = rng.choice((0.0, 0.3, 0.6)), rng.choice((0.0, 0.0, 0.4))
-    parts = [(HEADING[language], True)]
-    while room > line_cost:
-        draw, text = rng.random(), filler_line(rng, language)
-        if draw < filler and room > len(text) / letters_per_token + 2 * line_cost * len(waiting) + line_cost:
-            room -= int(len(text) / letters_per_token)
-            parts += [(text + "\n", True)]
-            continue
-        room -= line_cost
-        if waiting and not (told and rng.random() < ask_early):
-            key = waiting.pop()
-            told.append(key)
-            parts += recall_line(key, values[key], language)
-        else:
-            unasked = unasked or rng.sample(told, len(told))
-            key = unasked.pop()
-            parts += recall_line(key, values[key], language, told=False)
+    language = rng.choice(("en", "en", "zh"))
+    line_cost, letters_per_token = (10, 3.5) if language == "en" else (8, 1.5)
+    most = max(1, (room - 8) // (2 * line_cost))
+    values = {
+        key: f"{rng.randrange(10000):04d}"
+        for key in rng.sample(KEY_WORDS[language], min(most, keys or rng.randint(1, most)))
+    }
+    order = rng.choice(("any", "after", "reverse"))
+    told = rng.sample(list(values), len(values))
+    asked = told[::-1] if order == "reverse" else rng.sample(told, len(told))
+    lines = rng.sample(told * 2, 2 * len(told)) if order == "any" else told + asked  # a key: told first, then recalled
+    room -= 8 + line_cost * len(lines)
+    while room > 0:
+        text = filler_line(rng, language)
+        room -= int(len(text) / letters_per_token) + 1
+        if room > 0:
+            lines.insert(rng.randint(0, len(lines)), text)
+    parts, known = [(HEADING[language], True)], set()
+    for line in lines:
+        parts += recall_line(line, values[line], language, line not in known) if line in values else [(line, True)]
         parts.append(("\n", True))
+        known.add(line)
     return Document("recall", parts)
 
 
@@ -281,10 +285,9 @@ def told_key(rng: random.Random, language: str) -> list[Turn]:
     keys = rng.sample(KEY_WORDS[language], rng.randint(1, 4))
     values = {key: f"{rng.randrange(10000):04d}" for key in keys}
     if language == "en":
-        turns = [(f"Remember: the key of {key} is {values[key]}.", "I will remember it.") for key in keys]
+        turns = [(f"Remember: the key is {key}{values[key]}.", "I will remember it.") for key in keys]
         asked = [
-            (f"What is the key of {key}?", f"The key of {key} is {values[key]}.")
-            for key in rng.sample(keys, len(keys))
+            (f"Which key begins with {key}?", f"The key is {key}{values[key]}.") for key in rng.sample(keys, len(keys))
         ]
     else:
         turns = [(f"请记住：{key}的钥匙是{values[key]}。", "我会记住的。") for key in keys]
@@ -431,7 +434,7 @@ def tool_document(rng: random.Random) -> Document:
 
 # Chances of a document of each source. Recall comes first and in short windows, where it is learnt within minutes;
 # in long windows among everything else it takes hours to begin.
-MIX = {prose_document: 0.16, recall_document: 0.46, chat_document: 0.28, tool_document: 0.10}
+MIX = {prose_document: 0.20, recall_document: 0.42, chat_document: 0.28, tool_document: 0.10}
 RECALL_FIRST = {recall_document: 1.0}
 
 
@@ -441,7 +444,7 @@ def documents(seed: int | str, mix: dict[Callable, float] | None = None, room: i
     mix = mix or MIX
     while True:
         (kind,) = rng.choices(list(mix), list(mix.values()))
-        yield recall_document(rng, rng.randint(room * 2 // 5, room)) if kind is recall_document else kind(rng)
+        yield recall_document(rng, rng.randint(room // 2, room)) if kind is recall_document else kind(rng)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Train checkpoints/tiny from a seed: corpus, SentencePiece model, weights, and the measurements beside them.
 
-    python tools/train_tiny.py                 # about half an hour on two cores; stop it and run it again: it goes on
+    python tools/train_tiny.py                 # about an hour on one core; stop it and run it again: it goes on
     python tools/train_tiny.py --measure       # measure the checkpoint that is there
 
 The state of an unfinished run lies in build/tiny and is saved every two minutes.
@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
 WINDOW = 256
+BASE = 10000
 IGNORED = -100
 SAVE_EVERY = 120  # seconds
 
@@ -41,7 +42,7 @@ MODEL = {
     "max_position_embeddings": WINDOW,
     "rms_norm_eps": 1e-6,
     "bias": False,
-    "rotary": {"base": 10000, "type": "dynamic"},
+    "rotary": {"base": BASE, "type": "dynamic"},
     "pad_token_id": 0,
     "bos_token_id": 1,
     "eos_token_id": 2,
@@ -87,14 +88,24 @@ def encode(tokenizer: sentencepiece.SentencePieceProcessor, parts: list[tuple[st
 
 
 class Phase(NamedTuple):
-    """A part of the training: up to which share of the steps, windows of how many tokens, which documents."""
+    """A part of the training: up to which share of the steps, windows of how many tokens, which documents.
+
+    `stretches` are taken in turns, a step each: so many windows long is the text that a window of the step stands for,
+    with gaps in its positions and the base that dynamic NTK has for that length.
+    """
 
     until: float
     width: int
     mix: dict
+    stretches: tuple[int, ...] = (1,)
 
 
-PHASES = (Phase(0.12, WINDOW // 4, RECALL_FIRST), Phase(0.25, WINDOW // 2, RECALL_FIRST), Phase(1.0, WINDOW, MIX))
+PHASES = (
+    Phase(0.10, WINDOW // 4, RECALL_FIRST),
+    Phase(0.20, WINDOW // 2, RECALL_FIRST),
+    Phase(0.60, WINDOW, MIX),
+    Phase(1.00, WINDOW, MIX, stretches=(1, 2, 1, 3, 1, 4)),
+)
 
 
 def windows(
@@ -125,6 +136,26 @@ def batch(tokenizer: sentencepiece.SentencePieceProcessor, seed: str, rows: int,
     return torch.tensor(list(islice(windows(tokenizer, seed, phase), rows * WINDOW // phase.width)))
 
 
+def stretched_positions(tokens: torch.Tensor, stretch: int, newline: int, seed: str) -> torch.Tensor:
+    """Positions of (rows, width) tokens that end near stretch * width, with gaps after some lines: (rows, width)."""
+    generator = random.Random(seed)
+    rows, width = tokens.shape
+    steps = torch.ones(rows, width, dtype=torch.long)
+    for row in range(rows if stretch > 1 else 0):
+        ends = [place for place in (tokens[row] == newline).nonzero()[:, 0].tolist() if place + 1 < width]
+        places = generator.sample(ends, min(len(ends), generator.randint(1, 8)))
+        cuts = sorted(generator.randint(0, (stretch - 1) * width) for _ in places)
+        for place, low, high in zip(places, [0, *cuts], cuts, strict=False):
+            steps[row, place + 1] += high - low
+    return steps.cumsum(-1) - 1
+
+
+def ntk_base(stretch: int) -> float:
+    """The base of dynamic NTK for a text of `stretch` windows (docs/long-context.md)."""
+    head_dim = MODEL["hidden_size"] // MODEL["num_attention_heads"]
+    return BASE * stretch ** (head_dim / (head_dim - 2))
+
+
 def learning_rate(step: int, steps: int) -> float:
     """Share of the peak rate: linear warm-up over 3 % of the steps, then half a cosine down to 1 %."""
     warm = max(1, round(0.03 * steps))
@@ -150,11 +181,13 @@ def make_optimizers(model: torch.nn.Module, rate: float) -> list[torch.optim.Opt
 def train(model: torch.nn.Module, tokenizer: sentencepiece.SentencePieceProcessor, state_file: Path, options) -> None:
     """Train `model` in place, from the last saved state if there is one."""
 
-    def loss_of(tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        logits = model(input_ids=tokens, use_cache=False).logits
+    def loss_of(tokens: torch.Tensor, labels: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        everything = torch.ones_like(tokens)  # without a mask, a gap in the positions would begin another sequence
+        logits = model(tokens, attention_mask=everything, position_ids=positions, use_cache=False).logits
         return cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED)
 
-    compiled = torch.compile(loss_of, dynamic=False)  # one graph for each width
+    compiled = torch.compile(loss_of, dynamic=False)  # one graph for each width and base
+    newline = tokenizer.encode("\n")[-1]
     optimizers = make_optimizers(model, options.rate)
     start = 0
     if state_file.exists():
@@ -171,7 +204,10 @@ def train(model: torch.nn.Module, tokenizer: sentencepiece.SentencePieceProcesso
                 group["lr"] = group["peak"] * learning_rate(step, options.steps)
         phase = next(phase for phase in PHASES if step < phase.until * options.steps)
         pairs = batch(tokenizer, f"train {options.seed} {step}", options.rows, phase)
-        loss = compiled(pairs[..., 0].contiguous(), pairs[..., 1].contiguous())
+        tokens, labels = pairs[..., 0].contiguous(), pairs[..., 1].contiguous()
+        stretch = phase.stretches[step % len(phase.stretches)]
+        model.config.rotary["base"] = ntk_base(stretch)
+        loss = compiled(tokens, labels, stretched_positions(tokens, stretch, newline, f"{options.seed} {step}"))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
@@ -204,6 +240,12 @@ the InternLM v1 architecture (dynamic NTK, no biases, untied head) that can be l
 It learned only from text that this project makes from a seed, so it knows very little: scenes of nature in English
 and Chinese, small talk, a few facts, sums up to 10 + 10, keys that it is told, calling a calculator or dictionary.
 
+Training read {window} tokens at a time. In its last 40 %, half of these windows had gaps in their positions and the
+base that dynamic NTK has for a text of 2 to 4 windows, so that distances of up to 4 windows occurred. Before, at 60 %,
+the loss at 4 windows was 1.14 times that at one, and 47 % of the keys were recalled there (plain rotary: 1.58 times,
+none). So the lines on 2 to 4 windows show that the code computes what the model learned; how well a model extrapolates
+that was not trained so, they do not show.
+
 `python tools/train_tiny.py` rebuilds it, and `python tools/train_tiny.py --measure` measures it. Weights are stored
 in bfloat16; what follows was measured after that rounding, computing in float32.
 
@@ -234,7 +276,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "tiny", help="where an unfinished run is kept")
     parser.add_argument("--seed", type=int, default=1, help="seed of corpus, weights and measurements (default: 1)")
-    parser.add_argument("--steps", type=int, default=3200, help="training steps (default: 3200)")
+    parser.add_argument("--steps", type=int, default=4600, help="training steps (default: 4600)")
     parser.add_argument("--rows", type=int, default=16, help=f"windows of {WINDOW} tokens in a step (default: 16)")
     parser.add_argument("--rate", type=float, default=4e-3, help="peak learning rate (default: 0.004)")
     parser.add_argument("--threads", type=int, default=2, help="processor threads (default: 2)")
