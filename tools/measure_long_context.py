@@ -160,8 +160,8 @@ def report(window: int, found: dict[str, dict[int, Measured]], arguments: Any, p
     lines += [
         "",
         "Llama's own dynamic NTK caches keys rotated with the base of their time and mixes bases from then on "
-        "([long-context.md](long-context.md) says what is done here instead). The few tokens of a recalled value after "
-        "a prompt that was read at once hardly notice; half a window of decoding does.",
+        "([long-context.md](long-context.md) says what is done here instead). The few tokens of a recalled value "
+        "after a prompt that was read at once hardly notice; half a window of decoding does.",
     ]
     return "\n".join(lines) + "\n"
 
@@ -172,7 +172,7 @@ def draw(window: int, found: dict[str, dict[int, Measured]], path: Path) -> None
     lengths = [windows * window for windows in WINDOWS]
     for side, label in SIDES.items():
         values = [found[side][windows] for windows in WINDOWS]
-        style = {"color": COLOURS[side], "label": label, "marker": "o"}
+        style = {"color": COLOURS[side], "label": label, "marker": "o", "ls": "--" if side == "llama" else "-"}
         left.plot(lengths, [value.loss for value in values], **style)
         right.plot(lengths, [100 * value.mean_recall for value in values], **style)
     left.set_ylabel("loss, nats per token")
