@@ -10,7 +10,13 @@ import time
 import pytest
 import torch
 from conftest import GOLDEN
-from transformers import AutoModelForCausalLM, LogitsProcessor, LogitsProcessorList, TextIteratorStreamer
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    TextIteratorStreamer,
+)
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +64,24 @@ def test_caller_may_choose_other_stop_tokens(model, tokenizer):
     end = tokenizer.convert_tokens_to_ids("<eoh>")
     response, _ = model.chat(tokenizer, "hi", eos_token_id=end, **saying(tokenizer, "one<eoa>two<eoh>three"))
     assert response == "onetwo"
+
+
+def test_a_generation_config_given_cannot_undo_eoa(model, tokenizer):
+    """Whatever it holds, `<eoa>` ends a reply; so do its own end tokens and strings, and chat's arguments count."""
+    eoh = tokenizer.convert_tokens_to_ids("<eoh>")
+    arguments = {**saying(tokenizer, "one<eoh>two<eoa>three"), "max_new_tokens": 20}
+    for settings, reply in (
+        ({}, "onetwo"),
+        ({"eos_token_id": 2, "max_new_tokens": 1, "do_sample": True}, "onetwo"),
+        ({"eos_token_id": eoh}, "one"),
+        ({"eos_token_id": [2, eoh]}, "one"),
+        ({"stop_strings": ["ne"]}, "one"),
+        ({"stop_strings": "never", "return_dict_in_generate": True, "output_scores": True}, "onetwo"),
+    ):
+        config = GenerationConfig(**settings)
+        *_, (streamed, _) = model.stream_chat(tokenizer, "hi", generation_config=config, **arguments)
+        response, _ = model.chat(tokenizer, "hi", generation_config=config, **arguments)
+        assert streamed == response == reply, settings
 
 
 def test_prompt_is_the_templates(model, tokenizer, monkeypatch):

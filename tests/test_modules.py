@@ -29,8 +29,15 @@ STANDARD = {
     "threading",
 }
 STANDARD |= {"typing"}
-# shutil and os are needed to save a tokenizer: these are the only functions of theirs that may be called.
-ALLOWED_CALLS = {"os.path.isfile", "os.path.join", "os.path.realpath", "shutil.copyfile"}
+# To read an index of weights, and to save a tokenizer: the only functions of these modules that may be called.
+ALLOWED_CALLS = {
+    "os.listdir",
+    "os.path.isdir",
+    "os.path.isfile",
+    "os.path.join",
+    "os.path.realpath",
+    "shutil.copyfile",
+}
 FORBIDDEN_NAMES = {"eval", "exec", "compile", "__import__", "globals", "vars", "input", "breakpoint"}
 # Of any object: the environment, programs, pickles, downloads, files, and the ways around the names above.
 FORBIDDEN_ATTRIBUTES = {"environ", "environb", "getenv", "putenv", "system", "popen", "load", "save", "hub"}
