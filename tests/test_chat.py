@@ -223,15 +223,18 @@ def test_a_conversation_beyond_the_memory_says_what_to_cut(tiny_dir):
     assert len(lines) == 2
 
 
-def test_abandoned_stream_stops_generating(model, tokenizer):
-    """Dropping the iterator ends the thread at its next token, long before max_new_tokens."""
+@pytest.mark.parametrize("closed", [True, False], ids=["closed", "left"])
+def test_abandoned_stream_stops_generating(closed, model, tokenizer):
+    """Closing the iterator, or leaving its loop, ends the thread at its next token, long before max_new_tokens."""
     before = threading.active_count()
     stream = model.stream_chat(tokenizer, "hi", max_new_tokens=100_000, **saying(tokenizer, "word " * 100_000))
     for _ in range(3):
         next(stream)
     assert threading.active_count() > before
     start = time.monotonic()
-    stream.close()
+    if closed:
+        stream.close()
+    del stream  # all that is left of it after `break`
     assert threading.active_count() == before
     assert time.monotonic() - start < 5
 
