@@ -14,6 +14,8 @@ V vocab_size.
 import functools
 import inspect
 import itertools
+import json
+import os
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any, Literal, NamedTuple
@@ -57,7 +59,10 @@ else:
 
 
 class _AttentionFunctions:
-    """get_interface, which came with 5.1."""
+    """get_interface, which came with 5.1.
+
+    Before, set_attn_implementation refused a file without "ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]".
+    """
 
     @staticmethod
     def get_interface(name: str, default: Callable) -> Callable:
@@ -513,14 +518,20 @@ class InternLMPreTrainedModel(PreTrainedModel):
     _keys_to_ignore_on_load_unexpected = [r"rotary_emb\.inv_freq"]
 
     @classmethod
-    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
-        """The library's, except that a checkpoint with parameters missing is an error, not a partly random model.
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any
+    ) -> Any:
+        """The library's, except that a checkpoint that is not sound is an error, not a model that talks nonsense.
 
         Raises:
-            ValueError: The checkpoint lacks parameters, or its attention biases contradict `config.bias`. Who asks for
-                output_loading_info gets the lists instead; an empty state_dict asks for a random model.
+            ValueError: The checkpoint's index leads out of its folder; the checkpoint lacks parameters, or its
+                attention biases contradict `config.bias` (who asks for output_loading_info gets the lists instead; an
+                empty state_dict asks for a random model); a weight is NaN or infinite.
         """
-        loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        folder = os.path.join(str(pretrained_model_name_or_path), kwargs.get("subfolder") or "")
+        if os.path.isdir(folder):  # of a repository on the Hub, huggingface_hub refuses such names
+            _check_indexes(folder)
+        loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         model, info = loaded
         if not output_loading_info and kwargs.get("state_dict") != {}:
             # torchao's loader does not list the missing biases of layers that it quantised; they stay without storage.
@@ -530,7 +541,26 @@ class InternLMPreTrainedModel(PreTrainedModel):
                 if getattr(layer, "bias", None) is not None and layer.bias.is_meta and not layer.weight.is_meta
             }
             _check_loaded(model.config, {*info["missing_keys"], *lost}, info["unexpected_keys"])
+        _check_finite(model)
         return (model, info) if output_loading_info else model
+
+
+def _check_indexes(folder: str) -> None:
+    """Refuse an index of shards that names files elsewhere: transformers reads whatever stands in it."""
+    for path in (os.path.join(folder, name) for name in os.listdir(folder) if name.endswith(".json")):
+        if ".index." not in path:
+            continue
+        try:
+            with open(path, "rb") as file:
+                index = json.loads(file.read())
+            _, shards = dict(index["metadata"]), set(index["weight_map"].values())
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            raise ValueError(f"{path} is not an index of weights ({error!r}): fetch it again.") from error
+        for shard in shards:
+            if not isinstance(shard, str) or "/" in shard or "\\" in shard:
+                raise ValueError(
+                    f"{path} places weights in {shard!r}, outside its folder: do not use this checkpoint."
+                )
 
 
 def _check_loaded(config: InternLMConfig, missing: set[str], unexpected: Any) -> None:
@@ -544,6 +574,23 @@ def _check_loaded(config: InternLMConfig, missing: set[str], unexpected: Any) ->
         )
     if missing:
         raise ValueError(f"The checkpoint lacks {len(missing)} parameters, {min(missing)} among them: fetch it again.")
+
+
+def _check_finite(model: nn.Module) -> None:
+    """Refuse weights that are NaN or infinite; those that are quantised, offloaded or sharded are not looked at.
+
+    Every weight is read once, which the first forward would do otherwise: about the time of one token.
+    """
+    for name, parameter in model.named_parameters():
+        weight = parameter.detach()
+        if type(weight) is not torch.Tensor or weight.is_meta or weight.dtype.itemsize == 1:
+            continue
+        # The sum, which is read faster, may overflow where every number is finite.
+        if weight.is_floating_point() and not weight.sum().isfinite() and not weight.isfinite().all():
+            raise ValueError(
+                f"{name} holds NaN or infinite values in {weight.dtype}: load the checkpoint in the dtype that it was "
+                "made in, or fetch it again."
+            )
 
 
 class InternLMModel(InternLMPreTrainedModel):
@@ -608,6 +655,7 @@ class InternLMModel(InternLMPreTrainedModel):
             position_ids = cache_position[None]
             if has_padding_mask:
                 position_ids = _slots(attention_mask, key_length, device).index_select(1, cache_position)
+        position_ids = position_ids.to(device)
         causal_mask = None
         if not self._sees_all(new, attention_mask, past_key_values):
             causal_mask = _causal_mask(
@@ -663,6 +711,13 @@ class InternLMModel(InternLMPreTrainedModel):
             raise IndexError(
                 f"A token id is outside the vocabulary (0 to {self.config.vocab_size - 1}): encode the text with this "
                 "checkpoint's own tokenizer, and replace labels of -100 before they are used as input_ids."
+            ) from error
+        except RuntimeError as error:
+            if input_ids.device == self.embed_tokens.weight.device:
+                raise
+            raise ValueError(
+                f"input_ids are on {input_ids.device} and the model on {self.embed_tokens.weight.device}: move them "
+                "with inputs.to(model.device)."
             ) from error
 
     def chat(self, *args: Any, **kwargs: Any) -> None:
@@ -787,17 +842,20 @@ class InternLMForCausalLM(InternLMPreTrainedModel, GenerationMixin):
             history: (query, response) pairs of the turns before; it is not changed.
             streamer: A transformers streamer of your own, for example TextStreamer.
             meta_instruction: The system text; None is the prompt format's own default, "" is none.
-            max_new_tokens, do_sample, temperature, top_p, kwargs: For `generate`.
+            max_new_tokens, do_sample, temperature, top_p, kwargs: For `generate`. The four count more than a
+                `generation_config` among them, or the checkpoint's.
 
         Returns:
             The response, and the history with this turn added. The response ends at `<eoa>` or at a token of
-            `generation_config.eos_token_id`, neither of which is part of it.
+            `generation_config.eos_token_id`, neither of which is part of it, unless `eos_token_id` says otherwise.
         """
         inputs = _chat_inputs(tokenizer, query, history, meta_instruction).to(self.device)
         settings = {"max_new_tokens": max_new_tokens, "do_sample": do_sample, "streamer": streamer, **kwargs}
+        settings["tokenizer"] = tokenizer  # generate needs it for stop_strings
         if do_sample:
             settings = {"temperature": temperature, "top_p": top_p, **settings}
-        settings.setdefault("eos_token_id", _stop_tokens(tokenizer, self.generation_config))
+        configs = (kwargs.get("generation_config"), self.generation_config)
+        settings.setdefault("eos_token_id", _stop_tokens(tokenizer, *filter(None, configs)))
         try:
             output: Any = self.generate(**inputs, **settings)  # pyright: ignore[reportAttributeAccessIssue]
         except (RuntimeError, MemoryError) as error:
@@ -807,7 +865,8 @@ class InternLMForCausalLM(InternLMPreTrainedModel, GenerationMixin):
                 f"Out of memory at a prompt of {inputs['input_ids'].shape[1]} tokens with {len(history or [])} "
                 f"earlier turns: cut the oldest (history[1:]) or set a smaller max_new_tokens ({max_new_tokens} now)."
             ) from error
-        response = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        tokens = getattr(output, "sequences", output)  # with return_dict_in_generate it is an output class
+        response = tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         return response, [*(history or []), (query, response)]
 
     def stream_chat(
@@ -877,10 +936,10 @@ def _chat_inputs(tokenizer, query: str, history: list[tuple[str, str]] | None, m
     return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
 
 
-def _stop_tokens(tokenizer, generation_config) -> list[int]:
-    """What ends a reply: the checkpoint's own eos tokens, and `<eoa>`, which published generation configs lack."""
-    eos = generation_config.eos_token_id
-    stops = set(eos if isinstance(eos, list) else [eos]) | {tokenizer.convert_tokens_to_ids("<eoa>")}
+def _stop_tokens(tokenizer, *generation_configs: Any) -> list[int]:
+    """What ends a reply: the eos tokens of the first that has some, and `<eoa>`, which published configs lack."""
+    eos: Any = next((config.eos_token_id for config in generation_configs if config.eos_token_id is not None), None)
+    stops = set(eos if isinstance(eos, list | tuple) else [eos]) | {tokenizer.convert_tokens_to_ids("<eoa>")}
     return sorted(stops - {None, tokenizer.unk_token_id})
 
 

@@ -60,7 +60,11 @@ def run(model, tokenizer, question: str, rounds: int = 4) -> list[dict]:
         ).to(model.device)
         output = model.generate(**inputs, max_new_tokens=200, do_sample=False, eos_token_id=stops)
         reply = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        messages.append(tokenizer.parse_tool_calls(reply))
+        try:
+            messages.append(tokenizer.parse_tool_calls(reply))
+        except ValueError as error:  # the model is told, and may do better
+            messages += [{"role": "assistant", "content": reply}, {"role": "tool", "content": f"Error: {error}"}]
+            continue
         if "tool_calls" not in messages[-1]:
             break
         for call in messages[-1]["tool_calls"]:

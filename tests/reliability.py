@@ -356,7 +356,7 @@ def report_fuzzing(tiny: Path, scratch: Path, inputs: int) -> bool:
         before, start = psutil.Process().memory_info().rss, time.perf_counter()
         outcomes = run(tiny, scratch / f"fuzz-{name}", inputs)
         grown = (psutil.Process().memory_info().rss - before) / 1e6
-        text = f"{name}: {outcomes.total()} inputs, {dict(outcomes)}, memory +{grown:.0f} MB"
+        text = f"{name}: {outcomes.total()} inputs, {dict(outcomes)}, memory {grown:+.0f} MB"
         held &= _check(f"{text}, {time.perf_counter() - start:.0f} s", grown < 500)
     return held
 

@@ -6,6 +6,8 @@ import math
 
 import pytest
 import torch
+import transformers
+from torch._subclasses import FakeTensorMode
 from transformers import DynamicCache, StaticCache
 
 
@@ -220,13 +222,26 @@ def test_inputs_that_are_not_contiguous(model, ids):
     torch.testing.assert_close(logits(model, None, inputs_embeds=turned), plain, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["attention_mask", "position_ids", "inputs_embeds"])
-def test_inputs_on_another_device(name, model, ids):
+@ATTENTION
+def test_inputs_on_another_device(attention, model, ids):
+    """Ids on a GPU are refused, masks and positions are fetched. Fake tensors keep a GPU's rules without one."""
+    model.set_attn_implementation(attention)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        here = mode.from_tensor(ids)
+        with pytest.raises(
+            ValueError, match=r"^input_ids are on cuda:0 and the model on cpu: move them with inputs.to"
+        ):
+            model(here.to("cuda:0"))
+        for name, given in (("attention_mask", torch.ones_like(here)), ("position_ids", torch.arange(11)[None])):
+            if name == "position_ids" or transformers.__version__ > "5":  # 4.57 looks at the numbers of a mask
+                found = model(here, **{name: given.to("cuda:0")}).logits
+                assert found.shape == (1, 11, 2048) and found.device.type == "cpu"
+
+
+def test_embeddings_on_another_device(model, ids):
     """The device `meta`, the only other one here: torch says which tensor is where."""
-    given = {"attention_mask": torch.ones_like(ids), "position_ids": torch.arange(11)[None]}
-    given["inputs_embeds"] = model.get_input_embeddings()(ids).detach()
     with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
-        logits(model, None if name == "inputs_embeds" else ids, **{name: given[name].to("meta")})
+        logits(model, None, inputs_embeds=model.get_input_embeddings()(ids).detach().to("meta"))
 
 
 # Half precision near its largest number

@@ -7,15 +7,20 @@ import json
 import random
 import resource
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
+from hub_server import Hub, User
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from test_convert import in_child
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from test_upload import TOKEN, environment
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 
 WEIGHTS = "model.safetensors"
@@ -28,8 +33,8 @@ def folder(tiny_dir, tmp_path) -> Path:
     return shutil.copytree(tiny_dir, tmp_path / "broken")
 
 
-def load(folder: Path):
-    return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+def load(folder: Path, **settings: object):
+    return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, **settings)
 
 
 def cut(folder: Path, length: int) -> None:
@@ -70,14 +75,23 @@ BROKEN = {
         (SafetensorError, OSError),
         "header|safetensors",
     ),
-    "no weights": (lambda f: (f / WEIGHTS).unlink(), OSError, "no file named model.safetensors"),
-    "wrong shape": (lambda f: edit(f, lambda s: s.update({NORM: torch.ones(5)})), RuntimeError, "mismatched_sizes"),
+    "no weights": (lambda f: (f / WEIGHTS).unlink(), OSError, "no file named .*model.safetensors"),
+    "wrong shape": (
+        lambda f: edit(f, lambda s: s.update({NORM: torch.ones(5)})),
+        RuntimeError,
+        "mismatched_sizes|size mismatch",
+    ),
     "missing tensor": (lambda f: edit(f, lambda s: s.pop(NORM)), ValueError, f"lacks 1 parameters, {NORM} among them"),
     "no tensor of ours": (lambda f: save_file({"x": torch.ones(1)}, f / WEIGHTS), ValueError, "lacks 39 parameters"),
     "more layers in config.json": (lambda f: configure(f, num_hidden_layers=5), ValueError, "lacks 9 parameters"),
     "missing shard": (lambda f: index(f, "model-00001-of-00002.safetensors"), OSError, "model-00001-of-00002"),
     "index is not JSON": (lambda f: (index(f, {}), (f / INDEX).write_text("{")), ValueError, "line 1 column 2"),
-    "index without a map": (lambda f: index(f, {}), KeyError, "weight_map"),
+    "index without a map": (lambda f: index(f, {"metadata": {}}), ValueError, "not an index.*'weight_map'.*fetch it"),
+    "index without metadata": (lambda f: index(f, {"weight_map": {}}), ValueError, "not an index.*'metadata'"),
+    "index is a list": (lambda f: index(f, [1]), ValueError, "not an index of weights"),
+    "index of lists": (lambda f: index(f, {"metadata": {}, "weight_map": {"x": []}}), ValueError, "not an index"),
+    "index of numbers": (lambda f: index(f, {"metadata": {}, "weight_map": {"x": 7}}), ValueError, "weights in 7"),
+    "index is nested": (lambda f: (index(f, {}), (f / INDEX).write_text("[" * 10**5)), ValueError, "RecursionError"),
     "config is empty": (lambda f: (f / "config.json").write_text(""), OSError, "not a valid JSON file"),
     "config is not JSON": (lambda f: (f / "config.json").write_text("{"), OSError, "not a valid JSON file"),
     "config is bytes": (lambda f: (f / "config.json").write_bytes(b"\xff\xfe\0"), OSError, "not a valid JSON file"),
@@ -132,29 +146,92 @@ def test_huge_sizes_fail_before_anything_is_allocated(name, folder):
     assert child.exitcode == 0
 
 
-def test_weights_that_are_not_numbers_are_seen_by_the_tool(folder):
-    """Loading reads no value. Sampling then refuses; the tool that assembles and verifies a folder refuses before."""
+LOAD_ALL = """
+import sys
+from transformers import AutoModelForCausalLM
+for name in sys.argv[1:]:
+    try:
+        AutoModelForCausalLM.from_pretrained(name, trust_remote_code=True)
+        print("loaded")
+    except Exception as error:
+        print(f"{type(error).__name__}: {error}".splitlines()[0])
+"""
+
+
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", NORM, "model.norm.weight", "lm_head.weight"])
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), float("-inf")], ids=str)
+def test_one_weight_that_is_no_number_is_refused(number, name, folder):
+    """In any dtype, wherever it is, by the base model too."""
+    edit(folder, lambda state: state[name].view(-1)[-1:].fill_(number))
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        with pytest.raises(ValueError, match=f"{name} holds NaN or infinite values in {dtype}.* or fetch it again"):
+            load(folder, dtype=dtype)
+    if name != "lm_head.weight":
+        with pytest.raises(ValueError, match=f"{name.removeprefix('model.')} holds NaN"):
+            AutoModel.from_pretrained(folder, trust_remote_code=True)
+
+
+def test_the_tool_sees_a_weight_that_is_no_number(folder):
+    """It looks into the files, also at what a loaded model has quantised or offloaded."""
     from tools.hub_check import LocalCheckFailed, check_loading
 
     edit(folder, lambda state: state[NORM].fill_(float("nan")))
-    model = load(folder)
-    with pytest.raises(RuntimeError, match="inf.*nan"):
-        model.generate(torch.tensor([[1, 5]]), do_sample=True, max_new_tokens=1)
     with pytest.raises(LocalCheckFailed, match=NORM):
         check_loading(str(folder))
 
 
-def test_an_index_that_leads_out_of_its_folder(folder, tmp_path):
-    """transformers follows it, as data: nothing is run. The tool that assembles a folder refuses it."""
+def test_large_numbers_are_numbers(folder):
+    """Their sum overflows in float16, they do not. Beyond its largest, the dtype is at fault, and named."""
+    edit(folder, lambda state: state[NORM].fill_(60_000))
+    assert load(folder, dtype=torch.float16).get_parameter(NORM).sum().isinf()
+    edit(folder, lambda state: state[NORM].fill_(70_000))
+    with pytest.raises(
+        ValueError, match=f"{NORM} holds NaN or infinite values in torch.float16: load .* in the dtype"
+    ):
+        load(folder, dtype=torch.float16)
+    assert load(folder, dtype=torch.bfloat16).get_parameter(NORM).isfinite().all()
+
+
+def test_an_index_that_leads_out_of_its_folder(folder, tmp_path, modeling):
+    """transformers would follow it; neither loading nor the tool that assembles a folder does."""
     from tools.convert_files import ConversionError
     from tools.convert_hub import safetensors_files
 
     shutil.copy(folder / WEIGHTS, tmp_path / "outside.safetensors")
-    for place in ("../outside.safetensors", str(tmp_path / "outside.safetensors")):
-        (folder / WEIGHTS).exists() or shutil.copy(tmp_path / "outside.safetensors", folder / WEIGHTS)
+    for place in ("../outside.safetensors", str(tmp_path / "outside.safetensors"), "..\\outside.safetensors"):
+        shutil.copy(tmp_path / "outside.safetensors", folder / WEIGHTS)
         index(folder, place)
+        with pytest.raises(ValueError, match="outside its folder: do not use this checkpoint"):
+            load(folder)
         with pytest.raises(ConversionError, match="outside its folder"):
             safetensors_files(folder)
+        with pytest.raises(ValueError, match="outside its folder"):  # in a folder within the folder, too
+            modeling.InternLMForCausalLM.from_pretrained(tmp_path, subfolder=folder.name)
+
+
+@pytest.mark.skipif(
+    huggingface_hub.__version__ < "2", reason="huggingface_hub reads ../file, if it is there, until 2.0"
+)
+def test_an_index_on_the_hub_that_leads_out_of_its_repository(folder, tmp_path):
+    """huggingface_hub refuses the name, whether there is such a file or not (the second is there)."""
+    shutil.copy(folder / WEIGHTS, tmp_path / "outside.safetensors")
+    places = ("../outside.safetensors", "../../../../../outside.safetensors", str(tmp_path / "outside.safetensors"))
+    with Hub() as hub:
+        hub.users[TOKEN] = User("user")
+        for number, place in enumerate(places):
+            shutil.copy(tmp_path / "outside.safetensors", folder / WEIGHTS)
+            index(folder, place)
+            hub.add_repository(f"user/{number}", {path.name: path.read_bytes() for path in folder.iterdir()})
+        child = subprocess.run(
+            [sys.executable, "-c", LOAD_ALL, *(f"user/{number}" for number in range(len(places)))],
+            env=environment(hub, tmp_path / "home"),
+            capture_output=True,
+            text=True,
+            timeout=200,
+        )
+    assert child.returncode == 0, child.stderr
+    said = child.stdout.splitlines()
+    assert len(said) == len(places) and all("ValueError: Invalid filename" in line for line in said), said
 
 
 @pytest.mark.parametrize("content", ["null", "7", "[" * 100_000], ids=["null", "7", "nested"])

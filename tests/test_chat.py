@@ -10,7 +10,13 @@ import time
 import pytest
 import torch
 from conftest import GOLDEN
-from transformers import AutoModelForCausalLM, LogitsProcessor, LogitsProcessorList, TextIteratorStreamer
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    TextIteratorStreamer,
+)
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +64,24 @@ def test_caller_may_choose_other_stop_tokens(model, tokenizer):
     end = tokenizer.convert_tokens_to_ids("<eoh>")
     response, _ = model.chat(tokenizer, "hi", eos_token_id=end, **saying(tokenizer, "one<eoa>two<eoh>three"))
     assert response == "onetwo"
+
+
+def test_a_generation_config_given_cannot_undo_eoa(model, tokenizer):
+    """Whatever it holds, `<eoa>` ends a reply; so do its own end tokens and strings, and chat's arguments count."""
+    eoh = tokenizer.convert_tokens_to_ids("<eoh>")
+    arguments = {**saying(tokenizer, "one<eoh>two<eoa>three"), "max_new_tokens": 20}
+    for settings, reply in (
+        ({}, "onetwo"),
+        ({"eos_token_id": 2, "max_new_tokens": 1, "do_sample": True}, "onetwo"),
+        ({"eos_token_id": eoh}, "one"),
+        ({"eos_token_id": [2, eoh]}, "one"),
+        ({"stop_strings": ["ne"]}, "one"),
+        ({"stop_strings": "never", "return_dict_in_generate": True, "output_scores": True}, "onetwo"),
+    ):
+        config = GenerationConfig(**settings)
+        *_, (streamed, _) = model.stream_chat(tokenizer, "hi", generation_config=config, **arguments)
+        response, _ = model.chat(tokenizer, "hi", generation_config=config, **arguments)
+        assert streamed == response == reply, settings
 
 
 def test_prompt_is_the_templates(model, tokenizer, monkeypatch):
@@ -199,15 +223,18 @@ def test_a_conversation_beyond_the_memory_says_what_to_cut(tiny_dir):
     assert len(lines) == 2
 
 
-def test_abandoned_stream_stops_generating(model, tokenizer):
-    """Dropping the iterator ends the thread at its next token, long before max_new_tokens."""
+@pytest.mark.parametrize("closed", [True, False], ids=["closed", "left"])
+def test_abandoned_stream_stops_generating(closed, model, tokenizer):
+    """Closing the iterator, or leaving its loop, ends the thread at its next token, long before max_new_tokens."""
     before = threading.active_count()
     stream = model.stream_chat(tokenizer, "hi", max_new_tokens=100_000, **saying(tokenizer, "word " * 100_000))
     for _ in range(3):
         next(stream)
     assert threading.active_count() > before
     start = time.monotonic()
-    stream.close()
+    if closed:
+        stream.close()
+    del stream  # all that is left of it after `break`
     assert threading.active_count() == before
     assert time.monotonic() - start < 5
 

@@ -111,6 +111,11 @@ def test_early_format_system_text(tok, templates):
     ("messages", "tools", "message"),
     [
         (turns("hi"), [{"name": "f"}], "knows no tools"),
+        (
+            [{"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": {}}]}],
+            None,
+            "knows no tools",
+        ),
         ([{"role": "tool", "content": "1"}], None, "Unknown role tool"),
         ([{"role": "system", "content": "alone"}], None, "needs a user message after it"),
     ],
@@ -212,6 +217,50 @@ def test_text_put_together_from_parts(tok):
     ids = prompt_ids(tok, [{"role": "user", "content": parts}])
     assert set(ids) & set(tok.all_special_ids) == {1}
     assert "<eoa></s>" in tok.decode(ids)
+
+
+def in_parts(*texts: str) -> list[dict]:
+    return [{"type": "text", "text": text} for text in texts]
+
+
+@FUZZ
+@given(texts=st.lists(nasty, max_size=4))
+def test_content_in_parts_is_their_text(tok, templates, texts):
+    """Whatever the parts, in every role: the ids of the joined text, which the tests above look at."""
+    for template in templates.values():
+        in_one, parted = turns(*["".join(texts)] * 2), turns(*[in_parts(*texts)] * 2)
+        ids = prompt_ids(tok, parted, chat_template=template)
+        assert ids == prompt_ids(tok, in_one, chat_template=template)
+
+
+PICTURE = {"type": "image_url", "image_url": {"url": "file:///lake.png"}}
+WITHOUT_TEXT = (
+    *([PICTURE], [*in_parts("Look: "), PICTURE], [{"type": "image"}], [{"type": "text", "content": "hi"}]),
+    *(["hi"], [{"text": None}], [{"text": 5}], [5], {"type": "text", "text": "hi"}, None, 5, True, ...),
+)
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("content", WITHOUT_TEXT, ids=str)
+def test_content_without_text_is_refused(tok, templates, name, content):
+    """It was rendered as nothing: the model was asked about a picture that it never saw. (`...` is no content.)"""
+    message = {} if content is ... else {"content": content}
+    for tokenize in (True, False):
+        for role, other in (("user", turns("hi")), ("system", turns("hi")), ("assistant", [])):
+            messages = [{"role": role, **message}, *other]
+            with pytest.raises(Exception, match=r'text.*: write .*{"type": "text", "text": ...}\.$') as caught:
+                tok.apply_chat_template(messages, chat_template=templates[name], tokenize=tokenize)
+            assert "\n" not in str(caught.value)
+
+
+def test_a_call_needs_no_text(tok):
+    """What servers send with a tool call: content that is null, or none at all."""
+    call = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+    rendered = [
+        tok.apply_chat_template([{"role": "assistant", **content, "tool_calls": [call]}], tokenize=False)
+        for content in ({"content": ""}, {"content": None}, {})
+    ]
+    assert rendered[0] == rendered[1] == rendered[2] and '<|Bot|>:Action: f\nAction Input: {"x": 1}' in rendered[0]
 
 
 def test_control_tokens_of_the_user(folder):

@@ -1,7 +1,13 @@
 """Every example runs as it is called, on the tiny model, and shows what it says."""
 
+import json
+import os
+import select
+import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 from conftest import ROOT
@@ -41,6 +47,110 @@ def test_offload(tiny_dir):
     small, large = (run("offload", tiny_dir, "--memory", memory).splitlines() for memory in ("2MB", "1GB"))
     assert "on disk" in small[0] and "on disk" not in large[0]
     assert small[1:] == large[1:] and small[1].startswith("In the evening ")
+
+
+class Terminal:
+    """A program on a pseudo-terminal, as its user has it before the eyes; killed, if it still runs, at the end."""
+
+    def __init__(self, *command: str) -> None:
+        import pty  # not on Windows
+
+        self.pid, self.screen = pty.fork()
+        if not self.pid:
+            os.chdir(ROOT)
+            os.execve(command[0], command, {**os.environ, "TERM": "dumb", "OMP_NUM_THREADS": "1"})
+
+    def __enter__(self) -> "Terminal":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.pid:
+            os.kill(self.pid, signal.SIGKILL)
+            os.waitpid(self.pid, 0)
+        os.close(self.screen)
+
+    def wait_for(self, text: str, seconds: float = 60) -> str:
+        """What is shown before `text` comes."""
+        shown, end = b"", time.monotonic() + seconds
+        while not shown.endswith(text.encode()):
+            assert select.select([self.screen], [], [], max(0, end - time.monotonic()))[0], f"no {text!r}: {shown!r}"
+            shown += os.read(self.screen, 1)
+        return shown.decode().removesuffix(text).replace("\r\n", "\n")
+
+    def type(self, keys: str) -> None:
+        os.write(self.screen, keys.encode())
+
+    def ask(self, line: str, seconds: float = 60) -> str:
+        """Type a line at the prompt; what is shown until the next prompt, without the line itself."""
+        self.type(line + "\n")
+        self.wait_for(line + "\r\n")  # the terminal's echo
+        return self.wait_for(PROMPT, seconds)
+
+    def exit_code(self) -> int:
+        """Wait for the program's end."""
+        end = time.monotonic() + 20
+        while not (found := os.waitpid(self.pid, os.WNOHANG))[0]:
+            assert time.monotonic() < end, "it does not end"
+            time.sleep(0.01)
+        self.pid = 0
+        return os.waitstatus_to_exitcode(found[1])
+
+
+PROMPT = "\r\n<|User|>: "
+CHAT = (sys.executable, "examples/chat.py", "--greedy", "--model")
+on_a_terminal = pytest.mark.skipif(sys.platform == "win32", reason="has no pseudo-terminals")
+
+
+@on_a_terminal
+def test_chat_in_a_terminal(tiny_dir, tiny_model, tiny_tokenizer):
+    """History, /system, /reset and /quit: each answer is chat()'s with the turns and system text of the moment."""
+    told, system = "Remember: the key of apple is 4321.", "Remember: the key of apple is 8765. 请记住。"
+    asked = "What is the key of apple?"
+
+    def answer(query: str, history: list, system: str | None) -> str:
+        return tiny_model.chat(tiny_tokenizer, query, history, meta_instruction=system, do_sample=False)[0]
+
+    noted = answer(told, [], None)
+    with_history, alone, with_system = (
+        answer(asked, *of) for of in (([(told, noted)], None), ([], None), ([], system))
+    )
+    assert len({with_history, alone, with_system}) == 3  # else the screen could not tell them apart
+    with Terminal(*CHAT, str(tiny_dir)) as terminal:
+        terminal.wait_for(PROMPT)
+        assert terminal.ask(told) == f"<|Bot|>: {noted}\n"
+        assert terminal.ask(asked) == f"<|Bot|>: {with_history}\n"
+        assert terminal.ask("/reset") == ""
+        assert terminal.ask(asked) == f"<|Bot|>: {alone}\n"
+        assert terminal.ask("/rest") == "commands: /reset, /system TEXT, /quit\n"
+        assert terminal.ask(f"/system {system}") == terminal.ask("/reset") == ""
+        assert terminal.ask(asked) == f"<|Bot|>: {with_system}\n"
+        terminal.type("/quit\n")
+        assert terminal.exit_code() == 0
+
+
+@on_a_terminal
+def test_ctrl_c_stops_the_answer_and_not_the_program(tiny_dir, tmp_path):
+    """Of answers of 500 tokens each, one is stopped after its first words, and the next is whole; Ctrl-D ends."""
+    folder = shutil.copytree(tiny_dir, tmp_path / "talkative")
+    settings = json.loads((folder / "generation_config.json").read_text())
+    (folder / "generation_config.json").unlink()
+    (folder / "generation_config.json").write_text(json.dumps(settings | {"min_new_tokens": 500}))
+    with Terminal(*CHAT, str(folder), "--max-new-tokens", "500") as terminal:
+        terminal.wait_for(PROMPT)
+        whole = terminal.ask("Who are you?")
+        assert terminal.ask("/reset") == ""
+        terminal.type("Who are you?\n")
+        terminal.wait_for("<|Bot|>: ")
+        shown = terminal.wait_for(" ")
+        terminal.type("\x03")
+        shown += " " + terminal.wait_for(" [stopped]\r\n" + PROMPT, 20).replace("^C", "")
+        assert whole.startswith(f"<|Bot|>: {shown}") and len(shown) < len(whole) / 2
+        assert "[stopped]" not in terminal.ask("And then?")
+        time.sleep(0.5)  # readline shows its prompt a moment before it minds Ctrl-C
+        terminal.type("\x03")
+        assert terminal.wait_for(PROMPT).replace("^C", "") == "\n/quit ends\n"
+        terminal.type("\x04")
+        assert terminal.exit_code() == 0
 
 
 @pytest.mark.ecosystem

@@ -2,8 +2,10 @@
 
 import importlib.util
 import json
+import sys
 
 import pytest
+import torch
 from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -150,15 +152,48 @@ def test_a_role_header_cannot_hide_between_two_parts(tokenizer, cut):
     assert len(parts) == 3
 
 
-def test_the_example_runs_a_whole_loop(tiny_model, tokenizer, monkeypatch):
-    """examples/tools.py: the tiny model calls the calculator and the dictionary, and answers with what they say."""
-    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+@pytest.fixture(scope="module")
+def example():
+    """examples/tools.py."""
+    sys.path.insert(0, str(ROOT / "examples"))
     spec = importlib.util.spec_from_file_location("tools_example", ROOT / "examples" / "tools.py")
     example = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(example)
+    yield example
+    sys.path.remove(str(ROOT / "examples"))
 
-    messages = example.run(tiny_model, tokenizer, "What is 12 + 7?")
+
+@pytest.mark.parametrize(
+    ("question", "made", "found"),
+    [
+        ("What is 12 + 7?", call("calculator", expression="12 + 7"), "19"),
+        ("What does river mean?", call("dictionary", word="river"), "a long stream of water that flows to the sea"),
+        ("河流是什么意思？", call("dictionary", word="河流"), "流向大海的水"),
+    ],
+)
+def test_the_example_runs_a_whole_loop(question, made, found, example, tiny_model, tokenizer):
+    """The tiny model calls the calculator and the dictionary, and answers with what they say."""
+    messages = example.run(tiny_model, tokenizer, question)
     assert [message["role"] for message in messages] == ["user", "assistant", "tool", "assistant"]
-    assert messages[1]["tool_calls"] == [call("calculator", expression="12 + 7")]
-    assert messages[2]["content"] == "19"
-    assert "19" in example.final_answer(messages[-1]["content"])
+    assert messages[1]["tool_calls"] == [made]
+    assert messages[2]["content"] == found
+    assert found in example.final_answer(messages[-1]["content"])
+
+
+def test_the_example_tells_the_model_of_a_malformed_call(example, tiny_model, tokenizer, monkeypatch):
+    """The first reply is put into the model's mouth, the second is its own."""
+    generate, prompts = tiny_model.generate, []
+
+    def malformed_once(input_ids, **settings):
+        prompts.append(tokenizer.decode(input_ids[0]))
+        if len(prompts) > 1:
+            return generate(input_ids, **settings)
+        reply = tokenizer(
+            "Action: calculator\nAction Input: 12 + 7<eoa>", add_special_tokens=False, return_tensors="pt"
+        )
+        return torch.cat([input_ids, reply["input_ids"]], dim=1)
+
+    monkeypatch.setattr(tiny_model, "generate", malformed_once)
+    messages = example.run(tiny_model, tokenizer, "What is 12 + 7?", rounds=2)
+    assert messages[2]["role"] == "tool" and messages[2]["content"].startswith("Error: Not a tool call: ")
+    assert prompts[1].endswith(f"<|System|>:Response: {messages[2]['content']}\n<|Bot|>:")
