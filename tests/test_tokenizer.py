@@ -6,6 +6,7 @@ import gc
 import importlib
 import itertools
 import json
+import logging
 import pickle
 import random
 import re
@@ -149,6 +150,7 @@ def test_golden_ids(tok):
     """Every text of the golden file has the official ids, alone and in a batch."""
     cases = jsonl("tokenizer.jsonl")
     assert [case["text"] for case in cases if tok(case["text"])["input_ids"] != case["ids"]] == []
+    assert [case["text"] for case in cases if tok.encode(case["text"]) != case["ids"]] == []
     assert tok([case["text"] for case in cases])["input_ids"] == [case["ids"] for case in cases]
 
 
@@ -183,6 +185,7 @@ def check_text(tok, sp, text: str) -> None:
     assert raw(tok, text) == sp_encode(sp, text)
     encoded = tok(text, add_special_tokens=False, return_offsets_mapping=True)
     ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
+    assert tok.encode(text, add_special_tokens=False) == ids
     assert tok.decode(ids) == text.replace("\u2581", " ")
     end = 0
     for token, (first, last) in zip(tok.convert_ids_to_tokens(ids), offsets, strict=True):
@@ -222,6 +225,26 @@ def test_other_model_like_its_sentencepiece(small_folder):
     for text in SAMPLES:
         check_text(tok, sp, text)
     assert tok.convert_tokens_to_ids("<eoa>") in tok.all_special_ids
+
+
+def test_encode_is_the_call_without_its_places(small, caplog, monkeypatch):
+    """encode() has a shorter way of its own: the same ids, whatever the settings and the call before."""
+    text = "hello <eoa> world"
+    for bos, eos, split in itertools.product([True, False], repeat=3):
+        small.add_bos_token, small.add_eos_token, small.split_special_tokens = bos, eos, split
+        for left in ({"truncation": True, "max_length": 3}, {"padding": "max_length", "max_length": 99}):
+            small(text, **left)
+            found = small.encode(text)
+            assert found == small(text)["input_ids"]
+        for argument in ({"add_special_tokens": False}, {"split_special_tokens": not split}):
+            assert small.encode(text, **argument) == small(text, **argument)["input_ids"]
+    ids = small(text)["input_ids"]
+    assert small.encode(text, max_length=3, truncation=True) == ids[:3]
+    assert small.encode(text, return_tensors="pt").tolist() == [ids]
+    assert small.encode("hello", "world") == small("hello", "world")["input_ids"]
+    small.model_max_length = 4
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    assert small.encode(text) == ids and "longer than the specified maximum" in caplog.text
 
 
 # --- decode ---------------------------------------------------------------------------------------------------------
