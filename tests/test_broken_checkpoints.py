@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import in_child
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from test_convert import in_child
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 

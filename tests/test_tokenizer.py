@@ -7,6 +7,7 @@ import importlib
 import itertools
 import json
 import logging
+import os
 import pickle
 import random
 import re
@@ -455,6 +456,24 @@ def test_special_tokens_mask_and_offsets_fit_the_ids(small, bos, eos):
     assert mask == one["special_tokens_mask"]
 
 
+# --- chat ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("impl", ["v0hub", "v1", "v2"])
+def test_chat_reads_the_official_prompt(tok, modeling, impl):
+    """The ids that `chat` makes, one `<s>` included, are the golden ones; its default system text is the official."""
+    template = ROOT / ("chat_template.jinja" if impl == "v2" else "variants/early_chat_template.jinja")
+    tok = copy.copy(tok)
+    tok.chat_template = template.read_text(encoding="utf-8")
+    # Where the user writes control tokens, the official code obeys, and ours does not: test_chat_template.py.
+    cases = [case for case in jsonl("chat.jsonl") if case["impl"] == impl and "<eoa>" not in case["query"]]
+    assert {len(case["history"]) for case in cases} == {0, 1, 2}
+    for case in cases:
+        for meta in [case["meta"], None if case["meta"] else case["meta"]]:  # "" is no system text
+            inputs = modeling._chat_inputs(tok, case["query"], case["history"], meta)
+            assert inputs["input_ids"][0].tolist() == case["ids"] and case["ids"].count(1) == 1
+
+
 # --- loading and saving ---------------------------------------------------------------------------------------------
 
 
@@ -519,37 +538,39 @@ def test_settings_survive_saving(small_folder, tmp_path, chosen, where, with_mod
         assert state(tok) == expected
 
 
-def test_saved_official_tokenizer_in_a_fresh_process(tok, tmp_path):
-    """Saved, moved to a folder with an awkward name and loaded by another process: same ids, no protobuf, fast."""
-    tok.save_pretrained(tmp_path / "saved")
-    moved = tmp_path / "a.b-c 模型 7B"
-    shutil.move(tmp_path / "saved", moved)
-    (moved / "tokenizer.model").unlink()
-    script = (
-        "import json, sys\nfrom transformers import AutoTokenizer\n"
-        "tok = AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=True)\n"
-        "print(json.dumps([tok(sys.argv[2])['input_ids'], len(tok), 'google.protobuf' in sys.modules]))"
-    )
-    text = "a.b-c 模型 <eoa>\U0001f9ff"
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(moved), text], capture_output=True, text=True, check=True, timeout=300
-    )
-    assert json.loads(done.stdout.splitlines()[-1]) == [tok(text)["input_ids"], 103168, False]
+IN_A_FRESH_PROCESS = """
+import json, socket, sys
+
+def refuse(*_, **__):
+    print("network")
+    raise OSError("no network here")
+
+socket.getaddrinfo = socket.socket.connect = refuse
+sys.modules["sentencepiece"] = sys.modules["google.protobuf"] = None
+from transformers import AutoTokenizer
+tok = AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=True)
+print(json.dumps([tok(sys.argv[2])["input_ids"], len(tok)]))
+"""
 
 
-def test_original_in_a_fresh_process_without_protobuf(folder, tmp_path):
-    """From tokenizer.model: protobuf is not imported, sentencepiece is not needed, nothing is written beside it."""
-    before = sorted(path.name for path in folder.iterdir())
-    script = (
-        "import json, sys\nfrom transformers import AutoTokenizer\n"
-        "sys.modules['sentencepiece'] = sys.modules['google.protobuf'] = None\n"
-        "tok = AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=True)\n"
-        "print(json.dumps(tok('hi <eoa>')['input_ids']))"
-    )
-    done = subprocess.run([sys.executable, "-c", script, str(folder)], capture_output=True, text=True, timeout=300)
+@pytest.mark.parametrize("saved", [False, True])
+def test_in_a_fresh_process_without_protobuf_and_network(saved, folder, tok, tmp_path):
+    """From tokenizer.model, and saved and moved, from tokenizer.json alone: neither is missed, and no file appears."""
+    place = tmp_path / "a.b-c 模型 7B"
+    if saved:
+        tok.save_pretrained(place)
+        (place / "tokenizer.model").unlink()
+    else:
+        shutil.copytree(folder, place)
+    before, text = sorted(path.name for path in place.iterdir()), "a.b-c 模型 <eoa>\U0001f9ff"
+    # Online as far as the library knows: offline, it would not even try to ask the Hub.
+    environment = {name: value for name, value in os.environ.items() if not name.endswith("_OFFLINE")}
+    command = [sys.executable, "-c", IN_A_FRESH_PROCESS, str(place), text]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[-1]) == [1, 6176, 262, 103028]
-    assert sorted(path.name for path in folder.iterdir()) == before
+    assert done.stdout.splitlines() == [json.dumps([tok(text)["input_ids"], 103168])]
+    assert sorted(path.name for path in place.iterdir()) == before
+    assert tok.backend_tokenizer.pre_tokenizer is None  # with one, transformers asks the Hub whether it is Mistral's
 
 
 def test_loading_takes_under_a_second(folder):
