@@ -132,12 +132,38 @@ def test_in_place_and_again(tmp_path):
     assert tree(old) == before and "model.safetensors" in before
 
 
-@pytest.mark.parametrize("command", ["safetensors", "llama", "training"])
-def test_dry_run_writes_nothing(command, tmp_path, capsys):
+COMMANDS = pytest.mark.parametrize("command", ["safetensors", "llama", "training"])
+
+
+def source_and_options(command: str, folder: Path) -> tuple[Path, list[object]]:
     if command == "training":
-        source, options = training_checkpoint(tmp_path / "old", golden_state(SEVEN), 4, ranks=2), ["--window", 64]
-    else:
-        source, options = old_checkpoint(tmp_path / "old"), ["--no-tokenizer"] if command == "llama" else []
+        return training_checkpoint(folder, golden_state(SEVEN), 4, ranks=2), ["--window", 64]
+    return old_checkpoint(folder), ["--no-tokenizer"] if command == "llama" else []
+
+
+@COMMANDS
+def test_progress_bar(command, tmp_path, capsys):
+    """It comes to its end, and names the file."""
+    source, options = source_and_options(command, tmp_path / "old")
+    assert main([str(part) for part in (command, source, tmp_path / "new", "--no-logits", *options)]) == 0
+    assert "model.safetensors: 100%" in capsys.readouterr().err
+    assert run(command, source, tmp_path / "again", "--no-logits", *options) == 0
+    assert not capsys.readouterr().err
+
+
+@COMMANDS
+def test_a_folder_that_cannot_be_is_one_clear_error(command, tmp_path, capsys):
+    source, options = source_and_options(command, tmp_path / "old")
+    (tmp_path / "file").write_text("in the way")
+    for old, new in ((source, tmp_path / "file"), (source, tmp_path / "file" / "new"), (tmp_path / "no", tmp_path)):
+        assert run(command, old, new, *options) == 1
+        said = capsys.readouterr().err
+        assert said.startswith("convert_checkpoint.py: ") and said.count("\n") == 1 and str(tmp_path) in said
+
+
+@COMMANDS
+def test_dry_run_writes_nothing(command, tmp_path, capsys):
+    source, options = source_and_options(command, tmp_path / "old")
     before = tree(source)
     assert run(command, source, tmp_path / "new", "--dry-run", *options) == 0
     assert "model.safetensors  55 tensors" in capsys.readouterr().out
@@ -693,6 +719,19 @@ def test_llama_copy_needs_its_own_folder_and_a_tokenizer(tmp_path, capsys):
 
 
 # the check afterwards
+
+
+def test_the_check_finds_a_wrong_type(tmp_path):
+    """bfloat16's bits under float16's name are finite, and of the right shape."""
+    from tools.convert_check import check_files
+    from tools.convert_hub import pickled_tensors
+
+    old, config = old_checkpoint(tmp_path / "old"), official_config(SEVEN)
+    pickles_to_safetensors(old, tmp_path / "new", progress=False)
+    assert "types, values are right" in check_files(tmp_path / "new", config, pickled_tensors(old))
+    keep(tmp_path / "new", "model.safetensors", lambda b: b.replace(b'"BF16"', b'"F16" ', 1))
+    with pytest.raises(ConversionError, match="was written as torch.float16 instead of torch.bfloat16"):
+        check_files(tmp_path / "new", config, pickled_tensors(old))
 
 
 def test_the_check_finds_wrong_logits(tmp_path, modeling):
