@@ -446,6 +446,19 @@ def test_training_shards_become_the_model(source, ranks, stages, chunks, split_h
     assert tree(shards) == before
 
 
+@pytest.mark.parametrize(("ranks", "stages", "chunks"), [(8, 12, 1), (3, 5, 1), (12, 2, 4)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_many_training_shards(bias, ranks, stages, chunks, tmp_path):
+    """More than ten of either kind, where file names no longer sort by number, and stages of unequal length."""
+    sizes = {"hidden_size": 48, "intermediate_size": 96, "vocab_size": 120, "num_hidden_layers": 24}
+    config = official_config(SEVEN, **sizes, num_attention_heads=24, bias=bias)
+    state = {name: torch.randn(shape) for name, shape in expected_shapes(config).items()}
+    settings = {"num_attention_heads": 24}
+    shards = training_checkpoint(tmp_path / "run", state, 24, ranks, stages, chunks, settings=settings)
+    assert run("training", shards, tmp_path / "new", "--window", 64) == 0
+    assert_equal(read_tensors(tmp_path / "new"), state)
+
+
 @SOURCES
 def test_the_converted_model_is_the_official_one(source, tmp_path, modeling):
     """From training shards to logits: equal to what the official code computed with these weights."""
