@@ -346,6 +346,22 @@ class InternLMTokenizer(PreTrainedTokenizerFast):
         added = self._tokenizer.get_added_tokens_decoder().values()
         return list(dict.fromkeys([*super().all_special_tokens, *(token.content for token in added if token.special)]))
 
+    def encode(self, text: Any, *args: Any, **kwargs: Any) -> Any:
+        """Turn a text into ids, as in transformers, but faster: no place in the text is looked up for each token."""
+        if not isinstance(text, str) or args or kwargs.keys() - {"add_special_tokens", "split_special_tokens"}:
+            return super().encode(text, *args, **kwargs)
+        backend, split = self._tokenizer, kwargs.get("split_special_tokens")
+        split = self.split_special_tokens if split is None else split
+        # Only what an earlier call left is changed: another thread may be reading the settings.
+        if backend.encode_special_tokens != split:
+            backend.encode_special_tokens = split
+        if backend.truncation is not None:
+            backend.no_truncation()
+        if backend.padding is not None:
+            backend.no_padding()
+        ids = backend.encode_batch_fast([text], add_special_tokens=kwargs.get("add_special_tokens", True))[0].ids
+        return ids if len(ids) <= self.model_max_length else super().encode(text, **kwargs)  # which warns
+
     def decode(
         self,
         token_ids: Any,

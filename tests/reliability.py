@@ -10,11 +10,9 @@ the same experiments at a smaller size.
 import argparse
 import contextlib
 import gc
-import hashlib
 import importlib
 import io
 import json
-import multiprocessing
 import os
 import random
 import shutil
@@ -35,6 +33,7 @@ import torch
 from checkpoint_factory import pickled_checkpoint
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from processes import kill_at_random
 from tqdm import tqdm
 
 import upload_to_hub
@@ -233,11 +232,6 @@ def load_in_processes(tiny: Path, home: Path, processes: int = 8) -> list[str]:
 
 # kill -9
 
-# Children of a server that has everything imported: a killed run costs milliseconds, and no process that has used
-# torch is forked.
-_SERVER = multiprocessing.get_context("forkserver")
-_SERVER.set_forkserver_preload(["reliability", "torch._dynamo", "transformers.modeling_utils"])
-
 
 def old_checkpoint(folder: Path) -> Path:
     """A folder of 2023 of 30 MB with the official tokenizer, large enough to be stopped in the middle of a file."""
@@ -259,63 +253,6 @@ def convert(source: Path, target: Path) -> int:
 def assemble(source: Path, target: Path) -> int:
     options = ["--variant", "internlm-tiny", "--no-verify-local"]
     return upload_to_hub.main(["--weights", str(source), "--local-dir", str(target), *options])
-
-
-def _leave_with(work: Callable[[Path, Path], int], source: Path, target: Path) -> None:
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
-        sys.exit(work(source, target))
-
-
-def _start(work: Callable[[Path, Path], int], source: Path, target: Path) -> Any:
-    """Start the work in a child; returns at the moment when its folder is there."""
-    child = _SERVER.Process(target=_leave_with, args=(work, source, target))
-    child.start()
-    while not target.exists() and child.is_alive():
-        time.sleep(0.0005)
-    return child
-
-
-def _finish(work: Callable[[Path, Path], int], source: Path, target: Path) -> float:
-    """Run the work to its end; returns the seconds since its folder was there."""
-    child = _start(work, source, target)
-    start = time.perf_counter()
-    child.join(120)
-    if child.exitcode != 0:
-        child.kill()
-        raise AssertionError(f"{work.__name__} of {source} ended with {child.exitcode}")
-    return time.perf_counter() - start
-
-
-def tree(folder: Path) -> dict[str, str]:
-    """Name -> digest of every file of a folder."""
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
-
-
-class Killed(Counter):
-    """`points`: kills that met a running child; `torn`: those in the middle of a file; `reruns`; `equal` after it."""
-
-
-def kill_at_random(work: Callable[[Path, Path], int], scratch: Path, points: int, seed: int = 5) -> Killed:
-    """Kill the work `points` times, three times on the way to each folder, and let it come to its end after that."""
-    source, rng, found = old_checkpoint(scratch / "source"), random.Random(seed), Killed()
-    _finish(work, source, scratch / "whole")
-    whole, duration = tree(scratch / "whole"), _finish(work, source, scratch / "timed")
-    with tqdm(total=points, desc=f"kill -9, {work.__name__}") as bar:
-        while found["points"] < points:
-            target = scratch / f"killed{found['reruns']}"
-            for _ in range(3):
-                child = _start(work, source, target)
-                child.join(rng.uniform(0, duration))
-                found["points"] += child.is_alive()
-                bar.update(child.is_alive())
-                child.kill()
-                child.join()
-                found["torn"] += any(path.suffix == ".partial" for path in target.iterdir())
-            _finish(work, source, target)
-            found["reruns"] += 1
-            found["equal"] += tree(target) == whole
-            shutil.rmtree(target)
-    return found
 
 
 # Soak
@@ -378,7 +315,8 @@ def report_concurrency(model: Any, tiny: Path, home: Path, rounds: int) -> bool:
 def report_kills(scratch: Path, points: int) -> bool:
     held = True
     for work in (convert, assemble):
-        found = kill_at_random(work, scratch / work.__name__, points)
+        folder = scratch / work.__name__
+        found = kill_at_random(work, old_checkpoint(folder / "source"), folder, points)
         text = f"killed {found['points']} times, {found['torn']} in the middle of a file"
         text = f"{work.__name__}: {text}; {found['equal']} of {found['reruns']} byte-equal after a rerun"
         held &= _check(text, found["equal"] == found["reruns"])

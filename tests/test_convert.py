@@ -1,8 +1,8 @@
 """tools/convert_checkpoint.py: exact, resumable, and careful with broken sources, full disks and interruptions."""
 
-import hashlib
+import contextlib
+import io
 import json
-import multiprocessing
 import pickle
 import random
 import re
@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -27,25 +28,17 @@ from checkpoint_factory import (
     training_checkpoint,
     write_json,
 )
+from processes import in_child, kill_at_random, tree
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from tools.convert_checkpoint import ConversionError, main, pickles_to_safetensors
+from tools.convert_files import expected_shapes
 
 
 SOURCES = pytest.mark.parametrize("source", [SEVEN, TWENTY], ids=lambda path: path.name)
 INDEX = "pytorch_model.bin.index.json"
 SECOND = "pytorch_model-00002-of-00003.bin"
-# Children of a server that has everything imported: a killed conversion costs milliseconds. Not forks of this process,
-# whose OpenMP threads would not survive the fork: the child waits for them for ever.
-SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["pytest", "torch._dynamo", "transformers.modeling_utils", "tools.convert_checkpoint"])
-
-
-def tree(folder: Path) -> dict[str, str]:
-    """Name -> digest of every file of a folder."""
-    files = sorted(folder.iterdir()) if folder.exists() else []
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -139,12 +132,38 @@ def test_in_place_and_again(tmp_path):
     assert tree(old) == before and "model.safetensors" in before
 
 
-@pytest.mark.parametrize("command", ["safetensors", "llama", "training"])
-def test_dry_run_writes_nothing(command, tmp_path, capsys):
+COMMANDS = pytest.mark.parametrize("command", ["safetensors", "llama", "training"])
+
+
+def source_and_options(command: str, folder: Path) -> tuple[Path, list[object]]:
     if command == "training":
-        source, options = training_checkpoint(tmp_path / "old", golden_state(SEVEN), 4, ranks=2), ["--window", 64]
-    else:
-        source, options = old_checkpoint(tmp_path / "old"), ["--no-tokenizer"] if command == "llama" else []
+        return training_checkpoint(folder, golden_state(SEVEN), 4, ranks=2), ["--window", 64]
+    return old_checkpoint(folder), ["--no-tokenizer"] if command == "llama" else []
+
+
+@COMMANDS
+def test_progress_bar(command, tmp_path, capsys):
+    """It comes to its end, and names the file."""
+    source, options = source_and_options(command, tmp_path / "old")
+    assert main([str(part) for part in (command, source, tmp_path / "new", "--no-logits", *options)]) == 0
+    assert "model.safetensors: 100%" in capsys.readouterr().err
+    assert run(command, source, tmp_path / "again", "--no-logits", *options) == 0
+    assert not capsys.readouterr().err
+
+
+@COMMANDS
+def test_a_folder_that_cannot_be_is_one_clear_error(command, tmp_path, capsys):
+    source, options = source_and_options(command, tmp_path / "old")
+    (tmp_path / "file").write_text("in the way")
+    for old, new in ((source, tmp_path / "file"), (source, tmp_path / "file" / "new"), (tmp_path / "no", tmp_path)):
+        assert run(command, old, new, *options) == 1
+        said = capsys.readouterr().err
+        assert said.startswith("convert_checkpoint.py: ") and said.count("\n") == 1 and str(tmp_path) in said
+
+
+@COMMANDS
+def test_dry_run_writes_nothing(command, tmp_path, capsys):
+    source, options = source_and_options(command, tmp_path / "old")
     before = tree(source)
     assert run(command, source, tmp_path / "new", "--dry-run", *options) == 0
     assert "model.safetensors  55 tensors" in capsys.readouterr().out
@@ -295,42 +314,45 @@ def test_nothing_is_overwritten(tmp_path):
 # full disks and interruptions
 
 
-def big_checkpoint(folder: Path, megabytes: int = 24) -> Path:
-    """Large enough that a conversion can be stopped in the middle of a file."""
-    rng = torch.Generator().manual_seed(3)
-    state = {f"tensor.{n}": torch.randn(1 << 18, generator=rng) for n in range(megabytes)}
-    pickled_checkpoint(folder, state, official_config(SEVEN))
-    (folder / "config.json").unlink()  # the tensors are no model's; only files are looked at here
+CONVERSIONS = {"safetensors": [], "training": ["--window", 64], "llama": ["--no-tokenizer", "--copy"]}
+
+
+def big_source(command: str, folder: Path, layers: int = 8) -> Path:
+    """2.6 MB a layer, in six files: large enough that a conversion can be stopped in the middle of a file."""
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "vocab_size": 1024, "num_hidden_layers": layers}
+    config, rng = official_config(SEVEN, **sizes), torch.Generator().manual_seed(3)
+    state = {name: torch.randn(shape, generator=rng) for name, shape in expected_shapes(config).items()}
+    if command == "training":
+        return training_checkpoint(folder, state, layers, ranks=2, stages=3)
+    pickled_checkpoint(folder, state, config, shards=6)
+    if command == "llama":
+        pickles_to_safetensors(folder, folder, sum(value.nbytes for value in state.values()) // 5, progress=False)
     return folder
 
 
-def leave_with(work: Callable[..., object], *arguments: object) -> None:
-    sys.exit(work(*arguments))
+def convert(command: str, source: Path, target: Path) -> int:
+    return run(command, source, target, "--max-shard-size", "6MB", "--no-logits", *CONVERSIONS[command])
 
 
-def in_child(work: Callable[..., object], *arguments: object) -> multiprocessing.Process:
-    child = SERVER.Process(target=leave_with, args=(work, *arguments))
-    child.start()
-    return child
+def convert_with_a_full_disk(command: str, source: Path, target: Path) -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3_500_000, 3_500_000))
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        assert convert(command, source, target) == 1
+    assert re.search("cannot be written.*File too large.*make room", said.getvalue()), said.getvalue()
 
 
-def convert_with_a_full_disk(big: Path, new: Path) -> None:
-    resource.setrlimit(resource.RLIMIT_FSIZE, (5_500_000, 5_500_000))
-    with pytest.raises(ConversionError, match="cannot be written.*File too large.*make room"):
-        pickles_to_safetensors(big, new, 6_500_000, progress=False)
-
-
-def test_a_full_disk_is_one_clear_error(tmp_path):
+@pytest.mark.parametrize("command", CONVERSIONS)
+def test_a_full_disk_is_one_clear_error(command, tmp_path):
     """The kernel refuses to write on in the middle of a file; with room again, the same call completes the work."""
-    big = big_checkpoint(tmp_path / "big")
-    pickles_to_safetensors(big, tmp_path / "whole", 6_500_000, progress=False)
-
-    child = in_child(convert_with_a_full_disk, big, tmp_path / "new")
+    source, target = big_source(command, tmp_path / "big"), tmp_path / "new"
+    before = tree(source)
+    assert convert(command, source, tmp_path / "whole") == 0
+    child = in_child(convert_with_a_full_disk, command, source, target)
     child.join()
     assert child.exitcode == 0
-    assert not tree(tmp_path / "new")
-    pickles_to_safetensors(big, tmp_path / "new", 6_500_000, progress=False)
-    assert tree(tmp_path / "new") == tree(tmp_path / "whole")
+    assert not tree(target) and tree(source) == before
+    assert convert(command, source, target) == 0
+    assert tree(target) == tree(tmp_path / "whole")
 
 
 def test_too_small_a_disk_is_refused_before_writing(tmp_path, monkeypatch):
@@ -343,117 +365,54 @@ def test_too_small_a_disk_is_refused_before_writing(tmp_path, monkeypatch):
     assert not tree(tmp_path / "new")
 
 
-def wait_for(condition: Callable[[], bool], alive: Callable[[], bool]) -> None:
-    while not condition() and alive():
-        time.sleep(0.0005)
-
-
 def test_ctrl_c_leaves_no_partial_file(tmp_path):
-    big, new = big_checkpoint(tmp_path / "big"), tmp_path / "new"
-    pickles_to_safetensors(big, tmp_path / "whole", 4_000_000, progress=False)
-    command = [
-        sys.executable,
-        ROOT / "tools" / "convert_checkpoint.py",
-        "safetensors",
-        big,
-        new,
-        "--max-shard-size=4MB",
-    ]
-    child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    wait_for(lambda: any(new.glob("*.partial")), lambda: child.poll() is None)
+    big, new = big_source("safetensors", tmp_path / "big"), tmp_path / "new"
+    assert convert("safetensors", big, tmp_path / "whole") == 0
+    script, options = ROOT / "tools" / "convert_checkpoint.py", ["--max-shard-size=6MB", "--no-logits"]
+    child = subprocess.Popen(
+        [sys.executable, script, "safetensors", big, new, *options], stderr=subprocess.PIPE, text=True
+    )
+    while not any(new.glob("*.partial")) and child.poll() is None:
+        time.sleep(0.0005)
     child.send_signal(signal.SIGINT)
     said = child.communicate(timeout=60)[1]
     assert child.returncode == 130 and "same command again" in said
     assert not list(new.glob("*.partial")) and not (new / "model.safetensors.index.json").exists()
-    assert run("safetensors", big, new, "--max-shard-size", "4MB") == 0
+    assert convert("safetensors", big, new) == 0
     assert tree(new) == tree(tmp_path / "whole")
 
 
-def time_of_writing(command: str, source: Path, target: Path, options: list) -> float:
-    """Seconds from the moment that a child's target appears to the child's end."""
-    child = in_child(run, command, source, target, *options)
-    wait_for(target.exists, child.is_alive)
-    start = time.perf_counter()
-    child.join()
-    assert child.exitcode == 0
-    return time.perf_counter() - start
-
-
-def big_training(folder: Path) -> Path:
-    """Two ranks of a model of 24 MB in a training run's files."""
-    rng, width = torch.Generator().manual_seed(4), 512
-    shapes = {"norm.weight": (width,), "head.weight": (1024, width), "embedding.weight": (2048, width // 2)}
-    for layer in range(3):
-        block = f"blocks.{layer}."
-        shapes |= {f"{block}norm{n}.weight": (width,) for n in (1, 2)}
-        shapes |= {
-            f"{block}mixer.Wqkv.weight": (3 * width // 2, width),
-            f"{block}mixer.out_proj.weight": (width, width // 2),
-        }
-        shapes |= {f"{block}mlp.w{n}.weight": (512, width) if n < 3 else (width, 512) for n in (1, 2, 3)}
-    folder.mkdir()
-    for rank in range(2):
-        state = {f"model.{name}": torch.randn(shape, generator=rng) for name, shape in shapes.items()}
-        torch.save(state, folder / f"model_tp{rank}_pp0.pt")
-    torch.save({"num_attention_heads": 4, "num_layers": 3, "hidden_size": width}, folder / "model_config.pt")
-    return folder
-
-
-@pytest.mark.parametrize("command", ["safetensors", "training", "llama"])
+@pytest.mark.parametrize("command", CONVERSIONS)
 def test_kill_9_at_any_moment(command, tmp_path):
-    """Killed 12 times at seeded moments, 3 times on the way to each copy, then run to its end: byte for byte what an
-    undisturbed run writes. At every moment, a file that has its final name is complete."""
-    options = ["--max-shard-size", "4MB", "--no-logits"]
-    if command == "training":
-        source, options = big_training(tmp_path / "source"), [*options, "--window", 64]
-    else:
-        source = big_checkpoint(tmp_path / "source")
-    if command == "llama":  # copied, not linked, so that there is something to interrupt
-        training = big_training(tmp_path / "run")
-        source = tmp_path / "hub"
-        assert run("training", training, source, *options, "--window", 64) == 0
-        options = ["--no-logits", "--no-tokenizer", "--copy"]
-    assert run(command, source, tmp_path / "whole", *options) == 0
-    before, whole, rng, killed, torn = tree(source), tree(tmp_path / "whole"), random.Random(5), 0, 0
-    duration = time_of_writing(command, source, tmp_path / "timed", options)
-    for target in (tmp_path / f"new{n}" for n in range(20)):
-        for _ in range(3):
-            child = in_child(run, command, source, target, *options)
-            wait_for(target.exists, child.is_alive)
-            child.join(rng.uniform(0, duration))
-            killed += child.is_alive()
-            child.kill()
-            child.join()
-            found = tree(target)
-            named = {file: digest for file, digest in found.items() if not file.endswith(".partial")}
-            torn += len(named) < len(found)
-            assert named.items() <= whole.items()
-        assert run(command, source, target, *options) == 0
-        assert tree(target) == whole
-        if killed >= 12 and torn >= 3:
-            break
-    assert killed >= 12 and torn >= 3 and tree(source) == before
+    """At every moment a file that has its final name is complete; another run keeps it, and makes the rest."""
+    source = big_source(command, tmp_path / "source")
+    before = tree(source)
+    found = kill_at_random(partial(convert, command), source, tmp_path, points=12, torn=3)
+    assert found["equal"] == found["reruns"] and not found["wrong"] and not found["rewritten"], found
+    assert found["kept"] > 3 and tree(source) == before, found
 
 
-def convert_and_note_the_peak(big: Path, new: Path, peak: Path) -> None:
+def convert_and_note_the_peak(command: str, source: Path, target: Path, peak: Path) -> None:
     """Kilobytes that the conversion needs on top of what the process had, written to `peak`."""
 
     def field(name: str) -> int:
-        return next(
-            int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if name in line
-        )
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if name in line)
 
+    assert convert(command, source.with_name("small"), target.with_name("warm")) == 0  # what it imports does not count
     start = field("VmRSS")
-    pickles_to_safetensors(big, new, 30_000_000, progress=False)
+    assert convert(command, source, target) == 0
     peak.write_text(str(field("VmHWM") - start))
 
 
-def test_peak_memory_is_about_one_shard(tmp_path):
-    """120 MB in six pickles of 20 MB, written as 30 MB shards: far less than the checkpoint is ever in memory."""
-    big = big_checkpoint(tmp_path / "big", 120)
-    child = in_child(convert_and_note_the_peak, big, tmp_path / "new", tmp_path / "peak")
+@pytest.mark.parametrize("command", CONVERSIONS)
+def test_peak_memory_is_about_one_shard(command, tmp_path):
+    """120 MB in six files of 20 MB, of which a training run's are needed in pairs: never the checkpoint as a whole."""
+    source, peak = big_source(command, tmp_path / "big", layers=45), tmp_path / "peak"
+    big_source(command, tmp_path / "small", layers=3)
+    child = in_child(convert_and_note_the_peak, command, source, tmp_path / "new", peak)
     child.join()
-    assert child.exitcode == 0 and int((tmp_path / "peak").read_text()) < 60_000
+    assert child.exitcode == 0 and int(peak.read_text()) < 50_000
 
 
 # training checkpoints
@@ -485,6 +444,19 @@ def test_training_shards_become_the_model(source, ranks, stages, chunks, split_h
     assert {field: config[field] for field in same} == {field: expected[field] for field in same}
     assert config["max_position_embeddings"] == 64 and config["dtype"] == "float32"
     assert tree(shards) == before
+
+
+@pytest.mark.parametrize(("ranks", "stages", "chunks"), [(8, 12, 1), (3, 5, 1), (12, 2, 4)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_many_training_shards(bias, ranks, stages, chunks, tmp_path):
+    """More than ten of either kind, where file names no longer sort by number, and stages of unequal length."""
+    sizes = {"hidden_size": 48, "intermediate_size": 96, "vocab_size": 120, "num_hidden_layers": 24}
+    config = official_config(SEVEN, **sizes, num_attention_heads=24, bias=bias)
+    state = {name: torch.randn(shape) for name, shape in expected_shapes(config).items()}
+    settings = {"num_attention_heads": 24}
+    shards = training_checkpoint(tmp_path / "run", state, 24, ranks, stages, chunks, settings=settings)
+    assert run("training", shards, tmp_path / "new", "--window", 64) == 0
+    assert_equal(read_tensors(tmp_path / "new"), state)
 
 
 @SOURCES
@@ -760,6 +732,19 @@ def test_llama_copy_needs_its_own_folder_and_a_tokenizer(tmp_path, capsys):
 
 
 # the check afterwards
+
+
+def test_the_check_finds_a_wrong_type(tmp_path):
+    """bfloat16's bits under float16's name are finite, and of the right shape."""
+    from tools.convert_check import check_files
+    from tools.convert_hub import pickled_tensors
+
+    old, config = old_checkpoint(tmp_path / "old"), official_config(SEVEN)
+    pickles_to_safetensors(old, tmp_path / "new", progress=False)
+    assert "types, values are right" in check_files(tmp_path / "new", config, pickled_tensors(old))
+    keep(tmp_path / "new", "model.safetensors", lambda b: b.replace(b'"BF16"', b'"F16" ', 1))
+    with pytest.raises(ConversionError, match="was written as torch.float16 instead of torch.bfloat16"):
+        check_files(tmp_path / "new", config, pickled_tensors(old))
 
 
 def test_the_check_finds_wrong_logits(tmp_path, modeling):

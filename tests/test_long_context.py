@@ -45,20 +45,26 @@ def test_worked_numbers(modeling, configuration):
     assert modeling._ntk_log_ratio(config, lengths)[:2].abs().max() == 0
 
 
-@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16))
-def test_angles_are_float32_under_any_dtype_and_autocast(modeling, model, dtype):
-    """Half precision would keep 797 of 5000 positions apart: neighbours must differ by one turn, to rounding."""
-    config = model.config
-    positions = torch.arange(16000)[None]
-    with torch.autocast("cpu", dtype=dtype):
+@pytest.mark.parametrize("keys", ("engine's", "new", "cached"))
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16, torch.float32))
+def test_angles_are_float32_under_any_dtype_and_autocast(modeling, model, dtype, keys):
+    """Half precision would keep 797 of 5000 positions apart: every table is the exact angle's, to rounding."""
+    config, length = model.config, 16000
+    positions, exponents = torch.arange(length), torch.arange(0, config.head_dim, 2).double() / config.head_dim
+    with torch.autocast("cpu", dtype=torch.bfloat16 if dtype == torch.float32 else dtype):
         tables = modeling._rotary_tables(
-            config, torch.zeros(1, 16000, 1, dtype=dtype), positions, None, None, positions[0], 16000, "engine's"
+            config, torch.zeros(1, length, 1, dtype=dtype), positions[None], None, None, positions, length, keys
         )
-    expected = positions[0, :, None].double() * modeling._frequencies(config, positions.device).double()
-    half = config.head_dim // 2
-    assert tables.cos.dtype == dtype
-    assert_near(tables.cos[0, 0, :, :half].double(), expected.cos(), atol=5e-3)
-    assert_near(tables.sin[0, 0, :, half:].double(), expected.sin(), atol=5e-3)
+    trained = 10000**-exponents
+    grown = (10000 * (length / WINDOW) ** (config.head_dim / (config.head_dim - 2))) ** -exponents
+    expected = [(tables.cos, tables.sin, grown if keys == "new" else trained)]
+    expected += [(*read, grown - trained) for read in tables.read]
+    assert len(tables.read) == (keys == "cached")
+    for cos, sin, theta in expected:
+        angles, half = positions[:, None] * theta, config.head_dim // 2
+        assert cos.dtype == sin.dtype == dtype
+        assert_near(cos[0, 0, :, :half].double(), angles.cos(), atol=5e-3)
+        assert_near(sin[0, 0, :, half:].double(), angles.sin(), atol=5e-3)
 
 
 @pytest.mark.parametrize("length", (WINDOW - 1, WINDOW, WINDOW + 1))

@@ -4,6 +4,7 @@ import psutil
 import pytest
 import reliability
 import torch
+from processes import kill_at_random
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +38,8 @@ def test_eight_processes_fill_one_empty_module_cache(tiny_dir, tmp_path):
 
 def test_kill_9_during_assembly(tmp_path):
     """test_convert.py kills conversions; here it is what upload_to_hub.py --local-dir makes."""
-    found = reliability.kill_at_random(reliability.assemble, tmp_path, points=9)
+    source = reliability.old_checkpoint(tmp_path / "source")
+    found = kill_at_random(reliability.assemble, source, tmp_path, points=9)
     assert found["points"] >= 9 and found["equal"] == found["reruns"] > 2, found
 
 

@@ -6,6 +6,8 @@ import gc
 import importlib
 import itertools
 import json
+import logging
+import os
 import pickle
 import random
 import re
@@ -149,6 +151,7 @@ def test_golden_ids(tok):
     """Every text of the golden file has the official ids, alone and in a batch."""
     cases = jsonl("tokenizer.jsonl")
     assert [case["text"] for case in cases if tok(case["text"])["input_ids"] != case["ids"]] == []
+    assert [case["text"] for case in cases if tok.encode(case["text"]) != case["ids"]] == []
     assert tok([case["text"] for case in cases])["input_ids"] == [case["ids"] for case in cases]
 
 
@@ -166,8 +169,13 @@ def compare_with_sentencepiece(tok, sp, corpus: list[str]) -> None:
         assert tok.decode(ids) == sp.decode(ids) == text.replace("\u2581", " ")
 
 
-def test_two_megabytes_like_sentencepiece(tok, sp):
-    corpus = mixed_corpus(2_000_000)
+def test_two_megabytes_like_sentencepiece(tok, sp, monkeypatch):
+    """Of them a tenth is what checkpoints/tiny learns from: prose, chats and tool calls in two languages."""
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    documents = importlib.import_module("tiny_corpus").documents(0)
+    corpus = [document.text for document in itertools.islice(documents, 600)]
+    assert sum(len(text.encode()) for text in corpus) > 150_000
+    corpus += mixed_corpus(1_750_000)
     assert 1_800_000 < sum(len(text.encode()) for text in corpus) < 2_200_000
     compare_with_sentencepiece(tok, sp, corpus)
 
@@ -183,6 +191,7 @@ def check_text(tok, sp, text: str) -> None:
     assert raw(tok, text) == sp_encode(sp, text)
     encoded = tok(text, add_special_tokens=False, return_offsets_mapping=True)
     ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
+    assert tok.encode(text, add_special_tokens=False) == ids
     assert tok.decode(ids) == text.replace("\u2581", " ")
     end = 0
     for token, (first, last) in zip(tok.convert_ids_to_tokens(ids), offsets, strict=True):
@@ -222,6 +231,26 @@ def test_other_model_like_its_sentencepiece(small_folder):
     for text in SAMPLES:
         check_text(tok, sp, text)
     assert tok.convert_tokens_to_ids("<eoa>") in tok.all_special_ids
+
+
+def test_encode_is_the_call_without_its_places(small, caplog, monkeypatch):
+    """encode() has a shorter way of its own: the same ids, whatever the settings and the call before."""
+    text = "hello <eoa> world"
+    for bos, eos, split in itertools.product([True, False], repeat=3):
+        small.add_bos_token, small.add_eos_token, small.split_special_tokens = bos, eos, split
+        for left in ({"truncation": True, "max_length": 3}, {"padding": "max_length", "max_length": 99}):
+            small(text, **left)
+            found = small.encode(text)
+            assert found == small(text)["input_ids"]
+        for argument in ({"add_special_tokens": False}, {"split_special_tokens": not split}):
+            assert small.encode(text, **argument) == small(text, **argument)["input_ids"]
+    ids = small(text)["input_ids"]
+    assert small.encode(text, max_length=3, truncation=True) == ids[:3]
+    assert small.encode(text, return_tensors="pt").tolist() == [ids]
+    assert small.encode("hello", "world") == small("hello", "world")["input_ids"]
+    small.model_max_length = 4
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    assert small.encode(text) == ids and "longer than the specified maximum" in caplog.text
 
 
 # --- decode ---------------------------------------------------------------------------------------------------------
@@ -432,6 +461,24 @@ def test_special_tokens_mask_and_offsets_fit_the_ids(small, bos, eos):
     assert mask == one["special_tokens_mask"]
 
 
+# --- chat ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("impl", ["v0hub", "v1", "v2"])
+def test_chat_reads_the_official_prompt(tok, modeling, impl):
+    """The ids that `chat` makes, one `<s>` included, are the golden ones; its default system text is the official."""
+    template = ROOT / ("chat_template.jinja" if impl == "v2" else "variants/early_chat_template.jinja")
+    tok = copy.copy(tok)
+    tok.chat_template = template.read_text(encoding="utf-8")
+    # Where the user writes control tokens, the official code obeys, and ours does not: test_chat_template.py.
+    cases = [case for case in jsonl("chat.jsonl") if case["impl"] == impl and "<eoa>" not in case["query"]]
+    assert {len(case["history"]) for case in cases} == {0, 1, 2}
+    for case in cases:
+        for meta in [case["meta"], None if case["meta"] else case["meta"]]:  # "" is no system text
+            inputs = modeling._chat_inputs(tok, case["query"], case["history"], meta)
+            assert inputs["input_ids"][0].tolist() == case["ids"] and case["ids"].count(1) == 1
+
+
 # --- loading and saving ---------------------------------------------------------------------------------------------
 
 
@@ -496,37 +543,39 @@ def test_settings_survive_saving(small_folder, tmp_path, chosen, where, with_mod
         assert state(tok) == expected
 
 
-def test_saved_official_tokenizer_in_a_fresh_process(tok, tmp_path):
-    """Saved, moved to a folder with an awkward name and loaded by another process: same ids, no protobuf, fast."""
-    tok.save_pretrained(tmp_path / "saved")
-    moved = tmp_path / "a.b-c 模型 7B"
-    shutil.move(tmp_path / "saved", moved)
-    (moved / "tokenizer.model").unlink()
-    script = (
-        "import json, sys\nfrom transformers import AutoTokenizer\n"
-        "tok = AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=True)\n"
-        "print(json.dumps([tok(sys.argv[2])['input_ids'], len(tok), 'google.protobuf' in sys.modules]))"
-    )
-    text = "a.b-c 模型 <eoa>\U0001f9ff"
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(moved), text], capture_output=True, text=True, check=True, timeout=300
-    )
-    assert json.loads(done.stdout.splitlines()[-1]) == [tok(text)["input_ids"], 103168, False]
+IN_A_FRESH_PROCESS = """
+import json, socket, sys
+
+def refuse(*_, **__):
+    print("network")
+    raise OSError("no network here")
+
+socket.getaddrinfo = socket.socket.connect = refuse
+sys.modules["sentencepiece"] = sys.modules["google.protobuf"] = None
+from transformers import AutoTokenizer
+tok = AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=True)
+print(json.dumps([tok(sys.argv[2])["input_ids"], len(tok)]))
+"""
 
 
-def test_original_in_a_fresh_process_without_protobuf(folder, tmp_path):
-    """From tokenizer.model: protobuf is not imported, sentencepiece is not needed, nothing is written beside it."""
-    before = sorted(path.name for path in folder.iterdir())
-    script = (
-        "import json, sys\nfrom transformers import AutoTokenizer\n"
-        "sys.modules['sentencepiece'] = sys.modules['google.protobuf'] = None\n"
-        "tok = AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=True)\n"
-        "print(json.dumps(tok('hi <eoa>')['input_ids']))"
-    )
-    done = subprocess.run([sys.executable, "-c", script, str(folder)], capture_output=True, text=True, timeout=300)
+@pytest.mark.parametrize("saved", [False, True])
+def test_in_a_fresh_process_without_protobuf_and_network(saved, folder, tok, tmp_path):
+    """From tokenizer.model, and saved and moved, from tokenizer.json alone: neither is missed, and no file appears."""
+    place = tmp_path / "a.b-c 模型 7B"
+    if saved:
+        tok.save_pretrained(place)
+        (place / "tokenizer.model").unlink()
+    else:
+        shutil.copytree(folder, place)
+    before, text = sorted(path.name for path in place.iterdir()), "a.b-c 模型 <eoa>\U0001f9ff"
+    # Online as far as the library knows: offline, it would not even try to ask the Hub.
+    environment = {name: value for name, value in os.environ.items() if not name.endswith("_OFFLINE")}
+    command = [sys.executable, "-c", IN_A_FRESH_PROCESS, str(place), text]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[-1]) == [1, 6176, 262, 103028]
-    assert sorted(path.name for path in folder.iterdir()) == before
+    assert done.stdout.splitlines() == [json.dumps([tok(text)["input_ids"], 103168])]
+    assert sorted(path.name for path in place.iterdir()) == before
+    assert tok.backend_tokenizer.pre_tokenizer is None  # with one, transformers asks the Hub whether it is Mistral's
 
 
 def test_loading_takes_under_a_second(folder):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import transformers
 
-from tools.convert_files import ConversionError, check_finite, check_shapes
+from tools.convert_files import ConversionError, Tensor, check_finite, check_shapes
 from tools.convert_hub import safetensors_files
 
 
@@ -30,15 +30,19 @@ def internlm(module: str) -> ModuleType:
     return importlib.import_module(f"internlm.{module}_internlm")
 
 
-def check_files(folder: Path, config: dict[str, Any]) -> str:
+def check_files(folder: Path, config: dict[str, Any], planned: list[Tensor]) -> str:
     """Read a converted checkpoint back: names, shapes, dtypes and values. Returns a line that says what was found."""
     tensors = [tensor for held in safetensors_files(folder).values() for tensor in held]
     check_shapes(tensors, config)
+    wanted = {tensor.name: tensor.dtype for tensor in planned}
     for tensor in tensors:
+        if tensor.dtype != wanted[tensor.name]:
+            wrong = f"{tensor.name} was written as {tensor.dtype} instead of {wanted[tensor.name]}"
+            raise ConversionError(f"{wrong}: do not use {folder}, and report this.")
         check_finite(tensor.name, tensor.read())
     dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors})
     size = sum(tensor.nbytes for tensor in tensors)
-    return f"{len(tensors)} tensors, {size:,} bytes, {' and '.join(dtypes)}: names, shapes and values are right"
+    return f"{len(tensors)} tensors, {size:,} bytes, {' and '.join(dtypes)}: names, shapes, types, values are right"
 
 
 def _available_memory() -> int | None:

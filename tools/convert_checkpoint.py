@@ -72,11 +72,12 @@ def _internlm_loader(folder: Path, config: Any = None, **settings: Any) -> Calla
     return lambda dtype: model.from_pretrained(folder, config=config, dtype=dtype, **settings)
 
 
-def _report(folder: Path, config: dict[str, Any], loaders: list[Callable], args: argparse.Namespace) -> None:
+def _report(tensors: list[Tensor], config: dict[str, Any], loaders: list[Callable], args: argparse.Namespace) -> None:
     """Check what was written, and say so. The models are imported only here: planning needs none of them."""
     from tools.convert_check import check_files, check_logits
 
-    print(f"{folder}: {check_files(folder, config)}")
+    folder = args.target
+    print(f"{folder}: {check_files(folder, config, tensors)}")
     print(f"{folder}: {check_logits(loaders, folder) if args.check_logits else 'logits not compared, as you asked'}")
 
 
@@ -91,7 +92,7 @@ def convert_safetensors(args: argparse.Namespace) -> None:
         print(f"{args.target}: written, but not checked, because {args.source} has no config.json; see variants/")
         return
     loaders = [_internlm_loader(args.source, use_safetensors=False), _internlm_loader(args.target)]
-    _report(args.target, read_json(args.target / "config.json"), loaders, args)
+    _report(tensors, read_json(args.target / "config.json"), loaders, args)
 
 
 def convert_training(args: argparse.Namespace) -> None:
@@ -111,7 +112,7 @@ def convert_training(args: argparse.Namespace) -> None:
         return
     write_shards(tensors, args.target, args.max_shard_size, args.progress)
     write_json(args.target / "config.json", config)
-    _report(args.target, config, [_internlm_loader(args.target)], args)
+    _report(tensors, config, [_internlm_loader(args.target)], args)
 
 
 def convert_llama(args: argparse.Namespace) -> None:
@@ -128,8 +129,8 @@ def convert_llama(args: argparse.Namespace) -> None:
     weights = llama.plan_weights(args.source, config)
     notes = [f"window {length} tokens, base {base:.1f}", "tokenizer: " + (", ".join(files) or "none, as you asked")]
     linked = isinstance(weights, dict)
-    first = next(iter(weights.values()))[0] if linked else weights[0]
-    config["torch_dtype"] = str(first.dtype).removeprefix("torch.")  # the name that every version reads
+    tensors = [tensor for held in weights.values() for tensor in held] if linked else weights
+    config["torch_dtype"] = str(tensors[0].dtype).removeprefix("torch.")  # the name that every version reads
     if args.dry_run:
         shards = {path.name: held for path, held in weights.items()} if linked else None
         _show_plan(shards or plan_shards(weights, args.max_shard_size), args, notes)
@@ -150,7 +151,7 @@ def convert_llama(args: argparse.Namespace) -> None:
     without = {key: value for key, value in settings.items() if not key.startswith("rope_")}
     ours = llama.internlm("configuration").InternLMConfig(**(without | rotary))
     theirs = lambda dtype: LlamaForCausalLM.from_pretrained(args.target, dtype=dtype)  # noqa: E731
-    _report(args.target, config, [_internlm_loader(args.source, config=ours), theirs], args)
+    _report(tensors, config, [_internlm_loader(args.source, config=ours), theirs], args)
 
 
 def _common_options() -> argparse.ArgumentParser:
@@ -218,6 +219,10 @@ def main(arguments: list[str] | None = None) -> int:
         args.run(args)
     except ConversionError as error:
         print(f"convert_checkpoint.py: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:  # no folder, or one that may not be read or written
+        reason = f"{error.filename}: {error.strerror}; name another folder." if error.filename else str(error)
+        print(f"convert_checkpoint.py: {reason}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("convert_checkpoint.py: interrupted; run the same command again to go on.", file=sys.stderr)
