@@ -152,8 +152,8 @@ _OWN_LENGTH_LIMIT = 32
 # So many logits at a time go through the loss: 128 MB of them in float32.
 _LOSS_PIECE = 2**25
 
-# So many numbers of the cached keys at a time are turned on a CPU: 1 MB in float32.
-_READ_PIECE = 2**18
+# So many numbers of the cached keys at a time are turned on a CPU: 2 MB in float32.
+_READ_PIECE = 2**19
 
 # Beyond so many windows nobody has seen dynamic NTK work; a longer text is read, with a warning.
 _SENSIBLE_WINDOWS = 8
@@ -175,9 +175,9 @@ class InternLMRMSNorm(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         weight = self.weight
         if hidden_states.dtype != weight.dtype:  # a quantised or mixed-precision model keeps norms in float32
-            normed = nn.functional.rms_norm(hidden_states.float(), weight.shape, None, self.variance_epsilon)
+            normed = torch.rms_norm(hidden_states.float(), weight.shape, None, self.variance_epsilon)
             return weight * normed.to(weight.dtype)
-        return nn.functional.rms_norm(hidden_states, weight.shape, weight, self.variance_epsilon)
+        return torch.rms_norm(hidden_states, weight.shape, weight, self.variance_epsilon)
 
     def extra_repr(self) -> str:
         return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"
@@ -231,10 +231,13 @@ def _ntk_log_ratio(config: InternLMConfig, lengths: torch.Tensor) -> torch.Tenso
     return -exponents * ratio.log()
 
 
-def _cos_sin(angles: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """(B, Q, D / 2) angles -> tables (B, 1, Q, D); the sines carry the sign of the half that they multiply."""
-    cos, sin = angles[:, None].cos().to(dtype), angles[:, None].sin().to(dtype)
-    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+def _cos_sin(places: torch.Tensor, theta: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """(B, Q) places and (..., D / 2) angles per place -> tables (B, 1, Q, D), for `_rotate`.
+
+    The angles of the first half are negative, so that its sines carry the sign with which they multiply.
+    """
+    angles = (places[..., None].float() * torch.cat((-theta, theta), dim=-1))[:, None]
+    return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 def _rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -311,7 +314,6 @@ def _rotary_tables(
 ) -> RotaryTables:
     """Build the tables of one forward. Which branch is taken depends on shapes alone, never on a tensor's values."""
     theta = _frequencies(config, embeds.device)
-    angles = position_ids[..., None].float() * theta
     read = []
     if config.rotary["type"] == "dynamic" and key_length > config.max_position_embeddings:
         if keys == "cached":
@@ -322,11 +324,11 @@ def _rotary_tables(
             )
             lengths = (position_ids if few else position_ids.amax(-1, keepdim=True)) + 1
             deltas = theta * _ntk_log_ratio(config, lengths[..., None]).expm1()  # (B, 1 or Q, D / 2)
-            slots = _slots(attention_mask, key_length, embeds.device)[..., None].float()
-            read = [_cos_sin(slots * delta, embeds.dtype) for delta in deltas.split(1, dim=1)]
+            slots = _slots(attention_mask, key_length, embeds.device)
+            read = [_cos_sin(slots, delta, embeds.dtype) for delta in deltas.split(1, dim=1)]
         elif keys == "new":
-            angles = angles * _ntk_log_ratio(config, _packed_lengths(position_ids)[..., None]).exp()
-    return RotaryTables(*_cos_sin(angles, embeds.dtype), read, cache_position)
+            theta = theta * _ntk_log_ratio(config, _packed_lengths(position_ids)[..., None]).exp()
+    return RotaryTables(*_cos_sin(position_ids, theta, embeds.dtype), read, cache_position)
 
 
 def _projection() -> Callable[[Any, torch.Tensor], torch.Tensor]:
@@ -673,14 +675,15 @@ class InternLMModel(InternLMPreTrainedModel):
             keys="engine's" if kwargs.keys() & _ENGINE_ARGUMENTS else "new" if past_key_values is None else "cached",
         )
         cache: dict[str, Any] = {_CACHE: past_key_values}
+        arguments: dict[str, Any] = {
+            "attention_mask": causal_mask,
+            "position_ids": position_ids,
+            "position_embeddings": tuple(tables),  # plain: GPTQ of optimum rebuilds it as type(x)([...])
+            **cache,
+            **kwargs,  # last: generate_batch's cache is among them
+        }
         for layer in itertools.islice(self.layers, layers):  # fewer for early-exit decoding
-            hidden_states = layer(
-                hidden_states,
-                attention_mask=causal_mask,
-                position_ids=position_ids,
-                position_embeddings=tuple(tables),  # plain: GPTQ of optimum rebuilds it as type(x)([...])
-                **{**cache, **kwargs},  # in this order: generate_batch's is among kwargs
-            )
+            hidden_states = layer(hidden_states, **arguments)
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **cache)
 
     def _sees_all(self, new: int, attention_mask: Any, cache: Any) -> bool:

@@ -142,13 +142,19 @@ class Bench:
         self.compare(case, samples, target, self.decode_floor(ours, case), operators=operators)
         print(f"{'':40s} operators per step: ours {operators['ours']}, llama {operators['llama']}")
 
-    def overhead(self, case: Case) -> None:
-        """A decode step so small that only the framework's overhead counts."""
-        self.decode(case, target=1.2)
+    def overhead(self, case: Case, as_generate: bool = False) -> None:
+        """A decode step so small that only the framework's overhead counts: on one thread, for nothing is shared out.
+
+        With more, each product of a few microseconds waits for them.
+        """
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        self.decode(case, target=1.2, as_generate=as_generate)
+        torch.set_num_threads(threads)
 
     def overhead_generate(self, case: Case) -> None:
         """The same with attention mask and positions handed over, as generate does."""
-        self.decode(case, target=1.2, as_generate=True)
+        self.overhead(case, as_generate=True)
 
     @torch.no_grad()
     def compiled(self, case: Case) -> None:

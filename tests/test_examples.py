@@ -104,8 +104,8 @@ on_a_terminal = pytest.mark.skipif(sys.platform == "win32", reason="has no pseud
 @on_a_terminal
 def test_chat_in_a_terminal(tiny_dir, tiny_model, tiny_tokenizer):
     """History, /system, /reset and /quit: each answer is chat()'s with the turns and system text of the moment."""
-    told, system = "Remember: the key of apple is 4321.", "Remember: the key of apple is 8765. 请记住。"
-    asked = "What is the key of apple?"
+    told, system = "Remember: the key is apple4321.", "Remember: the key is apple8765. 请记住。"
+    asked = "Which key begins with apple?"
 
     def answer(query: str, history: list, system: str | None) -> str:
         return tiny_model.chat(tiny_tokenizer, query, history, meta_instruction=system, do_sample=False)[0]
