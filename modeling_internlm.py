@@ -477,12 +477,16 @@ def _turned(
 def _turned_scores(queries: torch.Tensor, keys: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Products of one query, (B, H, 1, D), with keys turned as they are read, (B, H, 1, K), without copying all keys.
 
-    To turn a key forth is to turn the query back. Compiled, that is one loop that reads the keys once. In eager mode
-    the turn is taken apart, keys * cos and keys * sin times a query each, and a CPU takes the keys in pieces that stay
-    in its cache.
+    To turn a key forth is to turn the query back. Compiled, that is one loop that reads the keys once, and of the tables
+    the half in which nothing is repeated. In eager mode the turn is taken apart, keys * cos and keys * sin times a query
+    each, and a CPU takes the keys in pieces that stay in its cache.
     """
     if torch.compiler.is_compiling():
-        return (keys * _rotate(queries, cos, -sin)).float().sum(-1)[:, :, None]
+        half = queries.shape[-1] // 2
+        (q1, q2), (k1, k2) = queries.split(half, dim=-1), keys.split(half, dim=-1)
+        cos, sin = cos[..., half:], sin[..., half:]
+        products = k1 * (q1 * cos + q2 * sin) + k2 * (q2 * cos - q1 * sin)  # (B, H, K, D / 2)
+        return products.float().sum(-1)[:, :, None]
     size = max(1, _READ_PIECE // keys[:, :, 0].numel()) if keys.device.type == "cpu" else keys.shape[2]
     across = queries.roll(queries.shape[-1] // 2, -1)
     pieces = zip(*(tensor.split(size, dim=2) for tensor in (keys, cos, sin)), strict=True)
