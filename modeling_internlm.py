@@ -477,9 +477,9 @@ def _turned(
 def _turned_scores(queries: torch.Tensor, keys: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Products of one query, (B, H, 1, D), with keys turned as they are read, (B, H, 1, K), without copying all keys.
 
-    To turn a key forth is to turn the query back. Compiled, that is one loop that reads the keys once, and the half of the
-    tables in which nothing is repeated. In eager mode the turn is taken apart, keys * cos and keys * sin times a query
-    each, and a CPU takes the keys in pieces that stay in its cache.
+    To turn a key forth is to turn the query back. Compiled, that is one loop that reads the keys once, and the half
+    of the tables in which nothing is repeated. In eager mode the turn is taken apart, keys * cos and keys * sin times
+    a query each, and a CPU takes the keys in pieces that stay in its cache.
     """
     if torch.compiler.is_compiling():
         half = queries.shape[-1] // 2

@@ -56,7 +56,7 @@ def caption(figure: Any, result: dict) -> None:
 def save(figure: Any, result: dict, path: Path) -> None:
     caption(figure, result)
     figure.tight_layout(rect=(0, 0.025, 1, 1))
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=130, bbox_inches="tight")
     plt.close(figure)
     print(path.name)
 
@@ -174,6 +174,7 @@ def plot_loading(result: dict, path: Path) -> None:
         bars = axes.bar(list(values), list(values.values()), color=colours, width=0.55)
         axes.bar_label(bars, fmt="%.2f", padding=2)
         axes.grid(axis="x", visible=False)
+        axes.margins(y=0.12)
         if limit:
             axes.axhline(limit, color=COLOURS["floor"], linestyle="--", linewidth=1)
         axes.set_title(title)
