@@ -2,7 +2,9 @@
 
 import importlib
 import os
+import signal
 import sys
+import threading
 import types
 from pathlib import Path
 
@@ -14,6 +16,10 @@ TINY = ROOT / "checkpoints" / "tiny"
 # No test may reach the network: what loads, loads from a folder or from the loopback Hub that the test itself runs.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+# A shell starts what runs in its background with Ctrl-C ignored, and the tests' own programs would inherit that.
+if threading.current_thread() is threading.main_thread():
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The three root modules import each other relatively, as on the Hub, so here they are a package of their own.
 _package = types.ModuleType("internlm")

@@ -21,7 +21,8 @@ def model(tiny_model):
 
 @pytest.fixture(scope="module")
 def ids(tiny_tokenizer) -> torch.Tensor:
-    return tiny_tokenizer("Coming to the beautiful nature, we found", return_tensors="pt").input_ids
+    text = "Coming to the beautiful nature, we found a clear river near the old bridge."
+    return tiny_tokenizer(text, return_tensors="pt").input_ids[:, :11]
 
 
 def logits(model, ids, **inputs) -> torch.Tensor:
