@@ -342,7 +342,9 @@ def _project(linear: Any, states: torch.Tensor) -> torch.Tensor:
     The weight is all that such a product reads, and the CPU's math libraries read it with one core: inductor's own
     loop, which takes all of them, needs half the time on two (benchmarks/cpu.py, "compiled").
     """
-    if states.device.type != "cpu" or states.shape[:-1].numel() != 1 or _is_exporting() or not _is_plain(linear):
+    if _is_exporting() or not _is_plain(linear):  # first: to count an export's tokens would fix their number
+        return linear(states)
+    if states.device.type != "cpu" or states.shape[:-1].numel() != 1:
         return linear(states)
     product = (states.float().unsqueeze(-2) * linear.weight.float()).sum(-1)
     return (product if linear.bias is None else product + linear.bias).to(states.dtype)
