@@ -105,6 +105,14 @@ def test_loading_every_head(folders, name, auto):
     assert not list(model.named_buffers())
 
 
+def test_loading_then_another_attention(folders):
+    """set_attn_implementation; until 5.0 transformers looked into the module's source before it obeyed."""
+    model = AutoModelForCausalLM.from_pretrained(folders["tiny_7b_origin"], trust_remote_code=True)
+    for name in ("eager", "sdpa"):
+        model.set_attn_implementation(name)
+        assert model.config._attn_implementation == name
+
+
 def test_loading_config(folders, name):
     config = AutoConfig.from_pretrained(folders[name], trust_remote_code=True)
     assert config.rotary["type"] == name.rpartition("_")[2]
