@@ -124,9 +124,9 @@ def _update_cache(arguments: dict[str, Any], keys, values, layer_idx: int, cache
     cache = arguments.pop(_CACHE, None)
     if cache is None:
         return keys, values
-    told: dict[str, Any] = (
-        {"kwargs": arguments} if _VERSION >= (5, 24) else {}
-    )  # generate_batch's reads and changes them
+    told: dict[str, Any] = {}
+    if _VERSION >= (5, 24):
+        told = {"kwargs": arguments}  # generate_batch's reads and changes them
     if _CACHE_IS_TOLD_POSITIONS:
         told = {"cache_kwargs": {"cache_position": cache_position}}
     try:
@@ -555,9 +555,10 @@ class InternLMPreTrainedModel(PreTrainedModel):
 
 def _check_indexes(folder: str) -> None:
     """Refuse an index of shards that names files elsewhere: transformers reads whatever stands in it."""
-    for path in (os.path.join(folder, name) for name in os.listdir(folder) if name.endswith(".json")):
-        if ".index." not in path:
+    for name in os.listdir(folder):
+        if not (name.endswith(".json") and ".index." in name):
             continue
+        path = os.path.join(folder, name)
         try:
             with open(path, "rb") as file:
                 index = json.loads(file.read())
