@@ -23,7 +23,7 @@ WAYS = {
     "fsdp": lambda size: DistributedConfig(fsdp_size=size),
 }
 PROMPTS = ("Coming to the beautiful nature, we found", "来到美丽的大自然，我们发现")
-# Measured differences are 2e-5 and 9e-8 (docs/compatibility.md): float noise of another order of adding.
+# Measured differences are 2e-5 and 4e-7 (docs/compatibility.md): float noise of another order of adding.
 LOGITS, GRADIENTS = 1e-4, 1e-6
 
 
