@@ -152,7 +152,7 @@ _OWN_LENGTH_LIMIT = 32
 # So many logits at a time go through the loss: 128 MB of them in float32.
 _LOSS_PIECE = 2**25
 
-# So many numbers of the cached keys at a time are turned on a CPU: 2 MB in float32.
+# So many numbers of the cached keys at a time are read on a CPU: 2 MB in float32.
 _READ_PIECE = 2**19
 
 # Beyond so many windows nobody has seen dynamic NTK work; a longer text is read, with a warning.
@@ -237,7 +237,7 @@ def _cos_sin(places: torch.Tensor, theta: torch.Tensor, dtype: torch.dtype) -> t
     The angles of the first half are negative, so that its sines carry the sign with which they multiply.
     """
     angles = (places[..., None].float() * torch.cat((-theta, theta), dim=-1))[:, None]
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    return angles.cos().to(dtype), angles.sin_().to(dtype)
 
 
 def _rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -456,7 +456,7 @@ def _turned(
         if len(read) > 1:
             return one_by_one(module, queries, keys, values, attention_mask, **kwargs)
         queries = _rotate(queries, *(table.index_select(2, cache_position) for table in read[0]))
-        # Not in float16: the two halves of a score can overflow where their sum does not.
+        # Not in float16: a product of two numbers can overflow where the score does not.
         single = queries.shape[2] == 1 and (queries.dtype != torch.float16 or torch.compiler.is_compiling())
         if single and module.config._attn_implementation in ("eager", "sdpa"):
             scores = _turned_scores(queries, keys, *read[0]) * module.scaling
@@ -477,11 +477,11 @@ def _turned(
 
 
 def _turned_scores(queries: torch.Tensor, keys: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Products of one query, (B, H, 1, D), with keys turned as they are read, (B, H, 1, K), without copying all keys.
+    """Products of one query, (B, H, 1, D), with keys turned as they are read: (B, H, 1, K), in float32.
 
-    To turn a key forth is to turn the query back. Compiled, that is one loop that reads the keys once, and the half
-    of the tables in which nothing is repeated. In eager mode the turn is taken apart, keys * cos and keys * sin times
-    a query each, and a CPU takes the keys in pieces that stay in its cache.
+    To turn a key forth is to turn the query back, so the keys are read once and never copied. Compiled, that is one
+    loop, over the half of the tables in which nothing is repeated. In eager mode a CPU takes the keys in pieces, so
+    that the queries turned back for them stay in its cache.
     """
     if torch.compiler.is_compiling():
         half = queries.shape[-1] // 2
@@ -489,10 +489,13 @@ def _turned_scores(queries: torch.Tensor, keys: torch.Tensor, cos: torch.Tensor,
         cos, sin = cos[..., half:], sin[..., half:]
         products = k1 * (q1 * cos + q2 * sin) + k2 * (q2 * cos - q1 * sin)  # (B, H, K, D / 2)
         return products.float().sum(-1)[:, :, None]
-    size = max(1, _READ_PIECE // keys[:, :, 0].numel()) if keys.device.type == "cpu" else keys.shape[2]
     across = queries.roll(queries.shape[-1] // 2, -1)
-    pieces = zip(*(tensor.split(size, dim=2) for tensor in (keys, cos, sin)), strict=True)
-    return torch.cat([queries @ (k * c).mT - across @ (k * s).mT for k, c, s in pieces], dim=-1)
+    size = max(1, _READ_PIECE // keys[:, :, 0].numel()) if keys.device.type == "cpu" else keys.shape[2]
+    scores = []
+    for k, c, s in zip(*(tensor.split(size, dim=2) for tensor in (keys, cos, sin)), strict=True):
+        turned_back = (queries * c).addcmul_(across, s, value=-1)
+        scores.append(turned_back.mul_(k).sum(-1, dtype=torch.float32))
+    return torch.cat(scores, dim=-1)[:, :, None]
 
 
 class InternLMDecoderLayer(GradientCheckpointingLayer):

@@ -372,12 +372,18 @@ class MemoryUse(NamedTuple):
 
 
 def memory_use(function: Callable[[], Any]) -> MemoryUse:
-    """Follow every allocation of torch's CPU allocator during one call."""
+    """Follow every allocation of torch's CPU allocator during one call.
+
+    There is a call before it, because the size of what it frees is known only for what was allocated in the profile.
+    """
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
-        result = function()
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    sizes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+        function()
+        with torch.profiler.record_function("measured"):
+            result = function()
+    events = sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns())
+    measured = itertools.dropwhile(lambda event: event.name() != "measured", events)
+    sizes = [event.nbytes() for event in measured if event.name() == "[memory]"]
     del result
     held = itertools.accumulate(sizes)
     return MemoryUse(largest=max(sizes, default=0), peak=max(held, default=0))

@@ -325,6 +325,25 @@ def test_engines_keep_the_trained_theta(model, ids):
         assert_near(model(tokens, use_cache=False, attention_instances={}).logits, plain(tokens).logits)
 
 
+@pytest.mark.parametrize("rows", (1, 7, 50, 60))
+def test_turned_scores_are_those_of_turned_keys(modeling, monkeypatch, rows):
+    """Reading the keys in pieces of so many rows, and the gradients through it, change nothing."""
+    batch, heads, keys_read, head_dim = 2, 3, 50, 8
+    monkeypatch.setattr(modeling, "_READ_PIECE", rows * batch * heads * head_dim)
+    generator = torch.Generator().manual_seed(0)
+    queries, keys = (torch.randn(batch, heads, n, head_dim, generator=generator) for n in (1, keys_read))
+    places, theta = torch.arange(keys_read)[None].expand(batch, -1), torch.rand(batch, 1, head_dim // 2)
+    tables = modeling._cos_sin(places, theta, torch.float32)
+    queries.requires_grad_(), keys.requires_grad_()
+    found = modeling._turned_scores(queries, keys, *tables)
+    expected = queries @ modeling._rotate(keys, *tables).mT
+    assert_near(found, expected, atol=1e-5)
+    weights = torch.randn(expected.shape, generator=generator)
+    gradients = [torch.autograd.grad((scores * weights).sum(), (queries, keys)) for scores in (found, expected)]
+    for one, other in zip(*gradients, strict=True):
+        assert_near(one, other, atol=1e-5)
+
+
 @pytest.mark.parametrize("length", (2, 8))
 @torch.no_grad()
 def test_decode_far_beyond_the_window(model, ids, length):
