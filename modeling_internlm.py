@@ -420,6 +420,7 @@ class InternLMAttention(nn.Module):
         self,
         hidden_states: torch.Tensor,
         position_embeddings: RotaryTables,
+        attention_interface: Callable,
         attention_mask: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -428,7 +429,7 @@ class InternLMAttention(nn.Module):
         input_shape = hidden_states.shape[:-1]
         queries, keys = project(self.q_proj, hidden_states), project(self.k_proj, hidden_states)  # (B, Q, E)
         if input_shape[-1] == 1:  # one turn for both: for one token the number of operations is what costs
-            both = torch.cat((queries, keys), dim=-1).view(*input_shape, -1, self.head_dim).transpose(1, 2)
+            both = torch.cat((queries, keys), dim=-1).view(input_shape[0], -1, 1, self.head_dim)
             queries, keys = _rotate(both, cos, sin).chunk(2, dim=1)  # (B, H, Q, D)
         else:
             queries = _rotate(queries.view(*input_shape, -1, self.head_dim).transpose(1, 2), cos, sin)
@@ -436,9 +437,6 @@ class InternLMAttention(nn.Module):
         values = project(self.v_proj, hidden_states).view(*input_shape, -1, self.head_dim).transpose(1, 2)
         keys, values = _update_cache(kwargs, keys, values, self.layer_idx, cache_position)  # (B, H, K, D)
 
-        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
         if read:
             attention_interface = _turned(attention_interface, read, cache_position)
         output, weights = attention_interface(
@@ -689,6 +687,9 @@ class InternLMModel(InternLMPreTrainedModel):
             "attention_mask": causal_mask,
             "position_ids": position_ids,
             "position_embeddings": tuple(tables),  # plain: GPTQ of optimum rebuilds it as type(x)([...])
+            "attention_interface": ALL_ATTENTION_FUNCTIONS.get_interface(
+                self.config._attn_implementation, eager_attention_forward
+            ),
             **cache,
             **kwargs,  # last: generate_batch's cache is among them
         }

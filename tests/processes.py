@@ -80,16 +80,18 @@ def _finished(folder: Path) -> dict[str, tuple[int, int]]:
     return {name: (stat.st_ino, stat.st_mtime_ns) for name, stat in found.items()}
 
 
-def kill_at_random(work: Work, source: Path, scratch: Path, points: int, torn: int = 0, seed: int = 5) -> Killed:
+def kill_at_random(
+    work: Work, source: Path, scratch: Path, points: int, torn: int = 0, complete: int = 0, seed: int = 5
+) -> Killed:
     """Kill the work `points` times, three times on the way to each folder, and let it come to its end after that.
 
-    It goes on until at least `torn` of the kills were in the middle of a file.
+    It goes on until at least `torn` of the kills were in the middle of a file, and had left `complete` files behind.
     """
     rng, found = random.Random(seed), Killed()
     _finish(work, source, scratch / "whole")
     whole, duration = tree(scratch / "whole"), _finish(work, source, scratch / "timed")
     with tqdm(total=points, desc="kill -9") as bar:
-        while found["points"] < points or found["torn"] < torn:
+        while found["points"] < points or found["torn"] < torn or found["kept"] + found["rewritten"] < complete:
             target, finished = scratch / f"killed{found['reruns']}", {}
             for _ in range(3):
                 child = _start(work, source, target)
