@@ -61,7 +61,7 @@ class Shape(NamedTuple):
 
 SMALL = Shape(hidden=256, layers=12, heads=4, intermediate=688)
 MEDIUM = Shape(hidden=1024, layers=8, heads=8, intermediate=2752)
-OVERHEAD = Shape(hidden=128, layers=12, heads=2, intermediate=352)
+OVERHEAD = Shape(hidden=128, layers=12, heads=2, intermediate=352, vocab=512)  # a larger head is no overhead
 
 
 # Models
@@ -122,6 +122,15 @@ def sharing_weights(source: torch.nn.Module, model_class: type, config: Any) -> 
     if hasattr(model.model, "rotary_emb"):  # Llama's buffers are not in the state dict
         model.model.rotary_emb = type(model.model.rotary_emb)(config).to(source.device)
     return model.eval()
+
+
+def share_layers(model: torch.nn.Module) -> None:
+    """Give every layer the weights of the first: no more than a core keeps in its own cache, whatever their number."""
+    first = model.model.layers[0]
+    for layer in model.model.layers[1:]:
+        for name, parameter in first.named_parameters():
+            module, _, own_name = name.rpartition(".")
+            setattr(layer.get_submodule(module), own_name, parameter)
 
 
 def twins(shape: Shape, dtype: torch.dtype, device: str = "cpu") -> tuple[InternLMForCausalLM, LlamaForCausalLM]:

@@ -31,6 +31,7 @@ from common import (
     parser,
     row_of,
     seconds,
+    share_layers,
     start,
     steps_per_sample,
     summarise,
@@ -59,8 +60,8 @@ class Case(NamedTuple):
 
 def cases(quick: bool) -> Iterator[Case]:
     """Every case, those of one model next to each other."""
-    yield Case("overhead", OVERHEAD, torch.float32, 1, 128)
-    yield Case("overhead_generate", OVERHEAD, torch.float32, 1, 128)
+    for kind in ("overhead", "overhead_generate", "overhead_and_memory"):
+        yield Case(kind, OVERHEAD, torch.float32, 1, 128)
     yield Case("compiled", SMALL, torch.float32, 1, 128)
     shapes, dtypes, batches = (SMALL, MEDIUM), (torch.float32, torch.bfloat16), (1, 8)
     if quick:
@@ -105,6 +106,7 @@ class Bench:
                 dtype=dtype_name(case.dtype),
                 batch=case.batch,
                 context=case.context,
+                threads=torch.get_num_threads(),
                 **facts,
             )
             self.report.add(row, text)
@@ -142,19 +144,28 @@ class Bench:
         self.compare(case, samples, target, self.decode_floor(ours, case), operators=operators)
         print(f"{'':40s} operators per step: ours {operators['ours']}, llama {operators['llama']}")
 
-    def overhead(self, case: Case, as_generate: bool = False) -> None:
-        """A decode step so small that only the framework's overhead counts: on one thread, for nothing is shared out.
+    def overhead(self, case: Case, as_generate: bool = False, own_weights: bool = False) -> None:
+        """A decode step so small that only the framework's overhead counts.
 
-        With more, each product of a few microseconds waits for them.
+        On one thread: with more, each product of a few microseconds waits for them. And all layers share one layer's
+        weights, for 10 MB of them come from memory that a rented machine shares with its neighbours.
         """
-        threads = torch.get_num_threads()
+        threads, self.pair_of = torch.get_num_threads(), None
+        if not own_weights:
+            for model in self.models(case):
+                share_layers(model)
         torch.set_num_threads(1)
-        self.decode(case, target=1.2, as_generate=as_generate)
+        self.decode(case, target=1.0 if as_generate else 1.2, as_generate=as_generate)
         torch.set_num_threads(threads)
+        self.pair_of = None
 
     def overhead_generate(self, case: Case) -> None:
-        """The same with attention mask and positions handed over, as generate does."""
+        """The same with attention mask and positions made and handed over, as generate does: more that both share."""
         self.overhead(case, as_generate=True)
+
+    def overhead_and_memory(self, case: Case) -> None:
+        """The same with weights of its own for every layer, as a real model has them."""
+        self.overhead(case, own_weights=True)
 
     @torch.no_grad()
     def compiled(self, case: Case) -> None:

@@ -22,6 +22,7 @@ COLOURS = {"ours": "#1f5fbf", "other": "#c8641b", "floor": "#555555", "light": "
 NAMES = {
     "overhead": "tiny decode step",
     "overhead_generate": "tiny decode step, as in generate",
+    "overhead_and_memory": "tiny decode step, own weights per layer",
     "compiled": "decode, torch.compile",
     "prefill": "prefill",
     "decode": "decode",
