@@ -643,59 +643,52 @@ class InternLMModel(InternLMPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
-        if input_ids is not None:
-            inputs_embeds = self._embed(input_ids)
-        assert inputs_embeds is not None
+        hidden_states = inputs_embeds if input_ids is None else self._embed(input_ids)
+        assert hidden_states is not None
         layers = self.config.num_hidden_layers
-        _check_inputs(inputs_embeds, attention_mask, position_ids, past_key_values, layers, len(self.layers))
+        _check_inputs(hidden_states, attention_mask, position_ids, past_key_values, layers, len(self.layers))
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
+        arguments = self._layer_arguments(hidden_states, attention_mask, position_ids, past_key_values, kwargs)
+        for layer in itertools.islice(self.layers, layers):  # fewer for early-exit decoding
+            hidden_states = layer(hidden_states, **arguments)
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **{_CACHE: past_key_values})
 
-        new, device = inputs_embeds.shape[1], inputs_embeds.device
+    def _layer_arguments(
+        self, embeds: torch.Tensor, attention_mask: Any, position_ids: Any, cache: Any, kwargs: dict[str, Any]
+    ) -> dict[str, Any]:
+        """What every layer of one forward gets: where the tokens stand, what they see, how they turn and attend."""
+        new, device = embeds.shape[1], embeds.device
         cache_position: torch.Tensor | None = kwargs.pop("cache_position", None)
         if cache_position is None:
-            past = past_key_values.get_seq_length() if past_key_values is not None else 0
-            cache_position = torch.arange(new, device=device) + past
-        key_length = new if past_key_values is None else _cache_length(past_key_values, cache_position)
+            cache_position = torch.arange(new, device=device) + (0 if cache is None else cache.get_seq_length())
+        key_length = new if cache is None else _cache_length(cache, cache_position)
         self._warn_far_beyond_the_window(key_length)
         has_padding_mask = attention_mask is not None and attention_mask.dim() == 2
         if has_padding_mask:
-            _check_mask(attention_mask, key_length, past_key_values)
+            _check_mask(attention_mask, key_length, cache)
         if position_ids is None:
             position_ids = cache_position[None]
             if has_padding_mask:
                 position_ids = _slots(attention_mask, key_length, device).index_select(1, cache_position)
         position_ids = position_ids.to(device)
         causal_mask = None
-        if not self._sees_all(new, attention_mask, past_key_values):
-            causal_mask = _causal_mask(
-                self.config, inputs_embeds, attention_mask, past_key_values, position_ids, cache_position
-            )
-        hidden_states = inputs_embeds
+        if not self._sees_all(new, attention_mask, cache):
+            causal_mask = _causal_mask(self.config, embeds, attention_mask, cache, position_ids, cache_position)
+        keys = "engine's" if kwargs.keys() & _ENGINE_ARGUMENTS else "new" if cache is None else "cached"
         tables = _rotary_tables(
-            self.config,
-            inputs_embeds,
-            position_ids,
-            attention_mask,
-            causal_mask,
-            cache_position,
-            key_length,
-            keys="engine's" if kwargs.keys() & _ENGINE_ARGUMENTS else "new" if past_key_values is None else "cached",
+            self.config, embeds, position_ids, attention_mask, causal_mask, cache_position, key_length, keys
         )
-        cache: dict[str, Any] = {_CACHE: past_key_values}
-        arguments: dict[str, Any] = {
+        return {
             "attention_mask": causal_mask,
             "position_ids": position_ids,
             "position_embeddings": tuple(tables),  # plain: GPTQ of optimum rebuilds it as type(x)([...])
             "attention_interface": ALL_ATTENTION_FUNCTIONS.get_interface(
                 self.config._attn_implementation, eager_attention_forward
             ),
-            **cache,
+            _CACHE: cache,
             **kwargs,  # last: generate_batch's cache is among them
         }
-        for layer in itertools.islice(self.layers, layers):  # fewer for early-exit decoding
-            hidden_states = layer(hidden_states, **arguments)
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **cache)
 
     def _sees_all(self, new: int, attention_mask: Any, cache: Any) -> bool:
         """Whether there is nothing to mask: one new token, no padding, no empty places as in a static cache."""
