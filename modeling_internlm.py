@@ -652,14 +652,15 @@ class InternLMModel(InternLMPreTrainedModel):
         arguments = self._layer_arguments(hidden_states, attention_mask, position_ids, past_key_values, kwargs)
         for layer in itertools.islice(self.layers, layers):  # fewer for early-exit decoding
             hidden_states = layer(hidden_states, **arguments)
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **{_CACHE: past_key_values})
+        cache: dict[str, Any] = {_CACHE: past_key_values}
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **cache)
 
     def _layer_arguments(
         self, embeds: torch.Tensor, attention_mask: Any, position_ids: Any, cache: Any, kwargs: dict[str, Any]
     ) -> dict[str, Any]:
         """What every layer of one forward gets: where the tokens stand, what they see, how they turn and attend."""
         new, device = embeds.shape[1], embeds.device
-        cache_position: torch.Tensor | None = kwargs.pop("cache_position", None)
+        cache_position: Any = kwargs.pop("cache_position", None)
         if cache_position is None:
             cache_position = torch.arange(new, device=device) + (0 if cache is None else cache.get_seq_length())
         key_length = new if cache is None else _cache_length(cache, cache_position)
