@@ -219,7 +219,8 @@ class RotaryTables(NamedTuple):
 
 def _frequencies(config: InternLMConfig, device: torch.device) -> torch.Tensor:
     """The trained theta, (D / 2,), always float32: in half precision 5000 positions keep 797 distinct angles."""
-    exponents = torch.arange(0, config.head_dim, 2, device=device, dtype=torch.float32) / config.head_dim
+    head_dim = config.head_dim
+    exponents = torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim
     return torch.pow(config.rotary["base"], exponents).reciprocal()
 
 
@@ -420,7 +421,7 @@ class InternLMAttention(nn.Module):
         self,
         hidden_states: torch.Tensor,
         position_embeddings: RotaryTables,
-        attention_interface: Callable,
+        attn_implementation: str,
         attention_mask: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -437,6 +438,10 @@ class InternLMAttention(nn.Module):
         values = project(self.v_proj, hidden_states).view(*input_shape, -1, self.head_dim).transpose(1, 2)
         keys, values = _update_cache(kwargs, keys, values, self.layer_idx, cache_position)  # (B, H, K, D)
 
+        # In every layer, for vLLM looks for this call. The name is handed down, for the config takes long to read.
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            attn_implementation, eager_attention_forward
+        )
         if read:
             attention_interface = _turned(attention_interface, read, cache_position)
         output, weights = attention_interface(
@@ -684,9 +689,7 @@ class InternLMModel(InternLMPreTrainedModel):
             "attention_mask": causal_mask,
             "position_ids": position_ids,
             "position_embeddings": tuple(tables),  # plain: GPTQ of optimum rebuilds it as type(x)([...])
-            "attention_interface": ALL_ATTENTION_FUNCTIONS.get_interface(
-                self.config._attn_implementation, eager_attention_forward
-            ),
+            "attn_implementation": self.config._attn_implementation,
             _CACHE: cache,
             **kwargs,  # last: generate_batch's cache is among them
         }
