@@ -92,8 +92,8 @@ class Bench:
         runner: Callable[[Case], None] = getattr(self, case.kind)
         runner(case)
 
-    def compare(self, case: Case, sides: dict, at_least: float, floor: float, **facts) -> None:
-        timing = alternate(sides, self.budget)
+    def compare(self, case: Case, sides: dict, at_least: float, floor: float, rounds: int = 41, **facts) -> None:
+        timing = alternate(sides, self.budget, rounds=(3, rounds))
         for other in timing.ratio:
             row, text = row_of(
                 str(case),
@@ -132,7 +132,7 @@ class Bench:
         ours.eval(), llama.eval()
 
     @torch.no_grad()
-    def decode(self, case: Case, target: float = 1.0, as_generate: bool = False) -> None:
+    def decode(self, case: Case, target: float = 1.0, as_generate: bool = False, rounds: int = 41) -> None:
         """One token at a time from a growing cache, the forward only."""
         ours, llama = self.models(case)
         context = Context(ours, case.batch, case.context)
@@ -141,7 +141,7 @@ class Bench:
         steps = steps_per_sample(seconds(sides["ours"].step))
         operators = {name: sum(count_operators(side.step).values()) for name, side in sides.items()}
         samples = {name: partial(side.sample, steps) for name, side in sides.items()}
-        self.compare(case, samples, target, self.decode_floor(ours, case), operators=operators)
+        self.compare(case, samples, target, self.decode_floor(ours, case), rounds, operators=operators)
         print(f"{'':40s} operators per step: ours {operators['ours']}, llama {operators['llama']}")
 
     def overhead(self, case: Case, as_generate: bool = False, own_weights: bool = False) -> None:
@@ -156,7 +156,7 @@ class Bench:
                 share_layers(model)
         torch.set_num_threads(1)
         only_overhead = not (as_generate or own_weights)
-        self.decode(case, target=1.2 if only_overhead else 1.0, as_generate=as_generate)
+        self.decode(case, 1.2 if only_overhead else 1.0, as_generate, rounds=121)
         torch.set_num_threads(threads)
         self.pair_of = None
 
