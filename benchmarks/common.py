@@ -274,12 +274,15 @@ class Timing(NamedTuple):
     rounds: int
 
 
-def alternate(sides: dict[str, Callable[[], float]], budget: float, rounds: tuple[int, int] = (3, 41)) -> Timing:
+FEWEST_ROUNDS, MOST_ROUNDS = 3, 41
+
+
+def alternate(sides: dict[str, Callable[[], float]], budget: float, most_rounds: int = MOST_ROUNDS) -> Timing:
     """Time the sides in turns for about `budget` seconds; every second round runs in reverse order.
 
     Args:
         sides: Name -> function that runs its side once and returns the seconds that count. The first is ours.
-        budget: Seconds for all rounds together; at least `rounds[0]` rounds run whatever they cost.
+        budget: Seconds for all rounds together; FEWEST_ROUNDS run whatever they cost.
     """
     names = list(sides)
     for name in names:
@@ -287,7 +290,7 @@ def alternate(sides: dict[str, Callable[[], float]], budget: float, rounds: tupl
     times: dict[str, list[float]] = {name: [] for name in names}
     end = time.perf_counter() + budget
     done = 0
-    while done < rounds[0] or (done < rounds[1] and time.perf_counter() < end):
+    while done < FEWEST_ROUNDS or (done < most_rounds and time.perf_counter() < end):
         for name in names if done % 2 == 0 else reversed(names):
             times[name].append(sides[name]())
         done += 1

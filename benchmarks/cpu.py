@@ -1,6 +1,6 @@
 """Ours against the library's Llama on the CPU, on the same weights: prefill, decode, training step, overhead, compile.
 
-python benchmarks/cpu.py                       # all, about 7 minutes on two cores
+python benchmarks/cpu.py                       # all, about 6 minutes on two cores
 python benchmarks/cpu.py --quick               # a look, about a minute
 python benchmarks/cpu.py --only decode --only 256x12
 """
@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from common import (
     MEDIUM,
+    MOST_ROUNDS,
     OVERHEAD,
     SMALL,
     Context,
@@ -45,6 +46,7 @@ from common import (
 PREFILL = 512
 TRAIN = 128  # tokens per row of a training step
 CONTEXTS = (128, 2048)
+SHARED_LAYERS = ("overhead", "overhead_generate")  # kinds whose layers all have the weights of the first
 
 
 class Case(NamedTuple):
@@ -84,16 +86,22 @@ class Bench:
         report.note(matrix_gflops={dtype_name(dtype): rate / 1e9 for dtype, rate in self.rate.items()})
 
     def models(self, case: Case):
-        if self.pair_of != (case.shape, case.dtype):
-            self.pair_of, self.pair = (case.shape, case.dtype), twins(case.shape, case.dtype)
+        shared = case.kind in SHARED_LAYERS
+        if self.pair_of != (case.shape, case.dtype, shared):
+            self.pair_of, self.pair = (case.shape, case.dtype, shared), twins(case.shape, case.dtype)
+            if shared:
+                for model in self.pair:
+                    share_layers(model)
         return self.pair
 
     def run(self, case: Case) -> None:
         runner: Callable[[Case], None] = getattr(self, case.kind)
         runner(case)
 
-    def compare(self, case: Case, sides: dict, at_least: float, floor: float, rounds: int = 41, **facts) -> None:
-        timing = alternate(sides, self.budget, rounds=(3, rounds))
+    def compare(
+        self, case: Case, sides: dict, at_least: float, floor: float, most_rounds: int = MOST_ROUNDS, **facts
+    ) -> None:
+        timing = alternate(sides, self.budget, most_rounds=most_rounds)
         for other in timing.ratio:
             row, text = row_of(
                 str(case),
@@ -132,7 +140,9 @@ class Bench:
         ours.eval(), llama.eval()
 
     @torch.no_grad()
-    def decode(self, case: Case, target: float = 1.0, as_generate: bool = False, rounds: int = 41) -> None:
+    def decode(
+        self, case: Case, target: float = 1.0, as_generate: bool = False, most_rounds: int = MOST_ROUNDS
+    ) -> None:
         """One token at a time from a growing cache, the forward only."""
         ours, llama = self.models(case)
         context = Context(ours, case.batch, case.context)
@@ -141,32 +151,27 @@ class Bench:
         steps = steps_per_sample(seconds(sides["ours"].step))
         operators = {name: sum(count_operators(side.step).values()) for name, side in sides.items()}
         samples = {name: partial(side.sample, steps) for name, side in sides.items()}
-        self.compare(case, samples, target, self.decode_floor(ours, case), rounds, operators=operators)
+        self.compare(case, samples, target, self.decode_floor(ours, case), most_rounds, operators=operators)
         print(f"{'':40s} operators per step: ours {operators['ours']}, llama {operators['llama']}")
 
-    def overhead(self, case: Case, as_generate: bool = False, own_weights: bool = False) -> None:
+    def overhead(self, case: Case, target: float = 1.2, as_generate: bool = False) -> None:
         """A decode step so small that only the framework's overhead counts.
 
         On one thread: with more, each product of a few microseconds waits for them. And all layers share one layer's
         weights, for 10 MB of them come from memory that a rented machine shares with its neighbours.
         """
-        threads, self.pair_of = torch.get_num_threads(), None
-        if not own_weights:
-            for model in self.models(case):
-                share_layers(model)
+        threads = torch.get_num_threads()
         torch.set_num_threads(1)
-        only_overhead = not (as_generate or own_weights)
-        self.decode(case, 1.2 if only_overhead else 1.0, as_generate, rounds=121)
+        self.decode(case, target, as_generate, most_rounds=121)
         torch.set_num_threads(threads)
-        self.pair_of = None
 
     def overhead_generate(self, case: Case) -> None:
         """The same with attention mask and positions made and handed over, as generate does: more that both share."""
-        self.overhead(case, as_generate=True)
+        self.overhead(case, target=1.0, as_generate=True)
 
     def overhead_and_memory(self, case: Case) -> None:
         """The same with weights of its own for every layer, as a real model has them."""
-        self.overhead(case, own_weights=True)
+        self.overhead(case, target=1.0)
 
     @torch.no_grad()
     def compiled(self, case: Case) -> None:

@@ -156,7 +156,7 @@ def first_token(report: Report, work: Path, budget: float) -> None:
         "llama": partial(run_python, FIRST_TOKEN, llama, work),
         "ours_text": partial(run_python, FIRST_WORD, ours, work),
     }
-    timing = alternate({name: partial(seconds, side) for name, side in sides.items()}, budget, rounds=(3, 9))
+    timing = alternate({name: partial(seconds, side) for name, side in sides.items()}, budget, most_rounds=9)
     report.add(*row_of("first_token", timing, "llama", at_least=1.0, model="checkpoints/tiny"))
     report.add(*row_of("first_token_with_tokenizer", timing, "ours_text", model="checkpoints/tiny"))
 
