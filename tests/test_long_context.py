@@ -332,7 +332,10 @@ def test_turned_scores_are_those_of_turned_keys(modeling, monkeypatch, rows):
     monkeypatch.setattr(modeling, "_READ_PIECE", rows * batch * heads * head_dim)
     generator = torch.Generator().manual_seed(0)
     queries, keys = (torch.randn(batch, heads, n, head_dim, generator=generator) for n in (1, keys_read))
-    places, theta = torch.arange(keys_read)[None].expand(batch, -1), torch.rand(batch, 1, head_dim // 2)
+    places, theta = (
+        torch.arange(keys_read)[None].expand(batch, -1),
+        torch.rand(batch, 1, head_dim // 2, generator=generator),
+    )
     tables = modeling._cos_sin(places, theta, torch.float32)
     queries.requires_grad_(), keys.requires_grad_()
     found = modeling._turned_scores(queries, keys, *tables)
