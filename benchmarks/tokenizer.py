@@ -29,8 +29,10 @@ import transformers
 from common import ROOT, Report, alternate, parser, row_of, seconds, start, summarise, wanted
 
 
-sys.path.append(str(ROOT / "tests"))
-from texts import GOLDEN, mixed_corpus
+sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(ROOT / "tests"))
+from support.paths import GOLDEN
+from support.texts import mixed_corpus
 
 
 InternLMTokenizer = importlib.import_module("internlm.tokenization_internlm").InternLMTokenizer

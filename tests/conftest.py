@@ -1,6 +1,5 @@
 """Fixtures that the tests share. `tiny_dir` is a model folder exactly as it would lie on the Hub."""
 
-import importlib
 import os
 import signal
 import sys
@@ -8,10 +7,6 @@ import threading
 import types
 from pathlib import Path
 
-
-ROOT = Path(__file__).resolve().parents[1]
-GOLDEN = ROOT / "tests" / "golden"
-TINY = ROOT / "checkpoints" / "tiny"
 
 # No test may reach the network: what loads, loads from a folder or from the loopback Hub that the test itself runs.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -21,14 +16,14 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 if threading.current_thread() is threading.main_thread():
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# The three root modules import each other relatively, as on the Hub, so here they are a package of their own.
-_package = types.ModuleType("internlm")
-_package.__path__ = [str(ROOT)]
-sys.modules.setdefault("internlm", _package)
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for tools, benchmarks, examples and upload_to_hub
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
+import pytest
+import torch
+
+from tools import package
+
+from support.paths import TINY
 
 
 # Tests whose packages only one environment has, and the marker that runs them there.
@@ -44,13 +39,13 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 @pytest.fixture(scope="session")
 def modeling() -> types.ModuleType:
     """modeling_internlm.py, imported without going through a model folder."""
-    return importlib.import_module("internlm.modeling_internlm")
+    return package.load("modeling")
 
 
 @pytest.fixture(scope="session")
 def configuration() -> types.ModuleType:
     """configuration_internlm.py, imported without going through a model folder."""
-    return importlib.import_module("internlm.configuration_internlm")
+    return package.load("configuration")
 
 
 @pytest.fixture(scope="session")

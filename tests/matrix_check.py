@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import GOLDEN, ROOT
 from test_golden import *  # noqa: F403  (its tests and fixtures, on the `modeling` below)
 from test_golden import CHECKPOINTS, assert_near, load
 from transformers import (
@@ -27,6 +26,8 @@ from transformers import (
     AutoTokenizer,
 )
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+from support.paths import GOLDEN, ROOT
 
 
 # On the newest version (tools/matrix.py says which) a call that will stop working there is an error already.

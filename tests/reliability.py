@@ -26,19 +26,23 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import conftest
 import numpy as np
 import psutil
 import torch
-from checkpoint_factory import pickled_checkpoint
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from processes import kill_at_random
 from tqdm import tqdm
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import upload_to_hub
 from tools import convert_checkpoint
 from tools.convert_files import expected_shapes
+
+from support.checkpoints import pickled_checkpoint
+from support.paths import GOLDEN, TINY
+from support.processes import kill_at_random
 
 
 # Fuzzing: every outcome is success or an exception of this list.
@@ -241,7 +245,7 @@ def old_checkpoint(folder: Path) -> Path:
     state = {name: torch.randn(shape, generator=rng).half() for name, shape in expected_shapes(config).items()}
     config |= {"architectures": ["InternLMForCausalLM"], "model_type": "internlm", "torch_dtype": "float16"}
     pickled_checkpoint(folder, state, config)
-    shutil.copy(conftest.GOLDEN / "tokenizer.model", folder)
+    shutil.copy(GOLDEN / "tokenizer.model", folder)
     return folder
 
 
@@ -331,7 +335,7 @@ def main(share: float) -> int:
     torch.set_num_threads(1)  # the model is too small for more
     scratch = Path(tempfile.mkdtemp())
     tiny = scratch / "tiny"
-    upload_to_hub.assemble(weights=conftest.TINY, out=tiny, progress=False)
+    upload_to_hub.assemble(weights=TINY, out=tiny, progress=False)
     model = AutoModelForCausalLM.from_pretrained(tiny, trust_remote_code=True, dtype=torch.float32).eval()
 
     def part(full: int) -> int:

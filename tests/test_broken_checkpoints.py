@@ -15,12 +15,13 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
-from hub_server import Hub, User
-from processes import in_child
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from test_upload import TOKEN, environment
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+from support.hub_server import Hub, User
+from support.processes import in_child
 
 
 WEIGHTS = "model.safetensors"

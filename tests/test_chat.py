@@ -9,7 +9,6 @@ import time
 
 import pytest
 import torch
-from conftest import GOLDEN
 from transformers import (
     AutoModelForCausalLM,
     GenerationConfig,
@@ -17,6 +16,8 @@ from transformers import (
     LogitsProcessorList,
     TextIteratorStreamer,
 )
+
+from support.paths import GOLDEN
 
 
 @pytest.fixture(scope="module")

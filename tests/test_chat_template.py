@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from texts import GOLDEN, ROOT, jsonl, train_sentencepiece
 from transformers import AddedToken, AutoTokenizer
+
+from support.paths import GOLDEN, ROOT
+from support.texts import jsonl, train_sentencepiece
 
 
 TEMPLATES = {"later": ROOT / "chat_template.jinja", "early": ROOT / "variants" / "early_chat_template.jinja"}

@@ -5,7 +5,8 @@ import inspect
 import json
 
 import pytest
-from conftest import GOLDEN, ROOT
+
+from support.paths import GOLDEN, ROOT
 
 
 @pytest.fixture(scope="module")

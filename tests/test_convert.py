@@ -17,7 +17,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoint_factory import (
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from tools.convert_checkpoint import ConversionError, main, pickles_to_safetensors
+from tools.convert_files import expected_shapes
+
+from support.checkpoints import (
     GOLDEN,
     ROOT,
     SEVEN,
@@ -28,12 +34,7 @@ from checkpoint_factory import (
     training_checkpoint,
     write_json,
 )
-from processes import in_child, kill_at_random, tree
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
-
-from tools.convert_checkpoint import ConversionError, main, pickles_to_safetensors
-from tools.convert_files import expected_shapes
+from support.processes import in_child, kill_at_random, tree
 
 
 SOURCES = pytest.mark.parametrize("source", [SEVEN, TWENTY], ids=lambda path: path.name)

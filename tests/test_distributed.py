@@ -6,7 +6,8 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+
+from support.paths import ROOT
 
 
 @pytest.mark.parametrize(("way", "gradients"), (("tensor", (39, 39)), ("pipeline", (19, 20)), ("fsdp", (39, 39))))

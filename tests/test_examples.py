@@ -10,7 +10,8 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT
+
+from support.paths import ROOT
 
 
 def run(name: str, model, *arguments: str) -> str:

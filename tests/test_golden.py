@@ -8,8 +8,9 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN
 from transformers import DynamicCache, StaticCache
+
+from support.paths import GOLDEN
 
 
 ATOL = 1e-3

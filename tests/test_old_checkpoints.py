@@ -8,7 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from checkpoint_factory import (
+from transformers import AutoModel, AutoModelForCausalLM, logging
+
+from support.checkpoints import (
     SEVEN,
     TWENTY,
     add_modules,
@@ -16,7 +18,6 @@ from checkpoint_factory import (
     official_config,
     pickled_checkpoint,
 )
-from transformers import AutoModel, AutoModelForCausalLM, logging
 
 
 def old_folder(folder: Path, source: Path, state: dict | None = None, **changes) -> Path:

@@ -12,7 +12,8 @@ from typing import NamedTuple
 import pytest
 import torch
 import yaml
-from conftest import ROOT
+
+from support.paths import ROOT
 
 
 PAGES = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in sorted(ROOT.glob("*.md"))}

@@ -4,7 +4,8 @@ import psutil
 import pytest
 import reliability
 import torch
-from processes import kill_at_random
+
+from support.processes import kill_at_random
 
 
 @pytest.fixture(autouse=True)

@@ -24,8 +24,10 @@ import sentencepiece
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from texts import GOLDEN, ROOT, jsonl, mixed_corpus, train_sentencepiece
 from transformers import AddedToken, AutoTokenizer, TextIteratorStreamer, TextStreamer
+
+from support.paths import GOLDEN, ROOT
+from support.texts import jsonl, mixed_corpus, train_sentencepiece
 
 
 FILES = ["tokenization_internlm.py", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"]

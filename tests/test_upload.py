@@ -1,4 +1,4 @@
-"""upload_to_hub.py with the real huggingface_hub, over real HTTP, against the small Hub of tests/hub_server.py.
+"""upload_to_hub.py with the real huggingface_hub, over real HTTP, against the Hub of tests/support/hub_server.py.
 
 huggingface_hub reads HF_ENDPOINT when it is imported, so whatever talks to the Hub runs in processes of its own: the
 command line itself where a test kills or interrupts it, and otherwise one worker that runs one command after another.
@@ -21,9 +21,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
-from checkpoint_factory import pickled_checkpoint
-from conftest import GOLDEN, ROOT, TINY
-from hub_server import Hold, Hub, User, answer, drop, lose_answer
 from safetensors.torch import load_file, save_file
 
 import upload_to_hub
@@ -41,6 +38,10 @@ from tools.hub_variant import (
     variant_config,
     variants,
 )
+
+from support.checkpoints import pickled_checkpoint
+from support.hub_server import Hold, Hub, User, answer, drop, lose_answer
+from support.paths import GOLDEN, ROOT, TINY
 
 
 TOKEN = "hf_thisMustNeverBePrinted"

@@ -5,7 +5,8 @@ import sys
 import openai
 import pytest
 import torch
-from openai_server import client_of
+
+from support.openai_server import client_of
 
 
 pytestmark = pytest.mark.ecosystem

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import GOLDEN, ROOT
 from llama_cpp import GGML_TYPE_F32, Llama
 from transformers import LlamaForCausalLM
 
 from tools.convert_llama import llama_config, llama_tokenizer
+
+from support.paths import GOLDEN, ROOT
 
 
 pytestmark = [pytest.mark.llamacpp, pytest.mark.filterwarnings("ignore::DeprecationWarning:llama_cpp")]

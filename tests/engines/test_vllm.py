@@ -11,10 +11,11 @@ import sys
 
 import pytest
 import torch
-from openai_server import client_of, stop
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tools.convert_llama import fixed_base
+
+from support.openai_server import client_of, stop
 
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(400)]

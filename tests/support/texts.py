@@ -6,9 +6,9 @@ from pathlib import Path
 
 import sentencepiece
 
+from .paths import GOLDEN, ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
-GOLDEN = ROOT / "tests" / "golden"
+
 BLOCKS = [  # code points: Latin, Greek to Hebrew, Indic, symbols, CJK, Hangul, private use, emoji, all planes
     (32, 127), (0xA0, 0x2FF), (0x370, 0x5FF), (0x900, 0x1FFF), (0x2000, 0x2BFF), (0x3000, 0x30FF), (0x4E00, 0x9FFF),
     (0xAC00, 0xD7A3), (0xE000, 0xFFFF), (0x1F300, 0x1FAFF), (0x10000, 0x10FFFF),

@@ -1,17 +1,19 @@
 """What the three uploaded modules may do on a stranger's machine, proven on their source and on a run."""
 
 import ast
-import importlib
 import json
 import os
 import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+
+from tools import package
+from tools.package import MODULES
+
+from support.paths import ROOT
 
 
-MODULES = ("configuration_internlm.py", "modeling_internlm.py", "tokenization_internlm.py")
 THIRD_PARTY = {"torch", "transformers", "tokenizers", "sentencepiece"}
 # Of the standard library, what they use: nothing that runs programs, reaches the network or loads code.
 STANDARD = {
@@ -103,13 +105,13 @@ def test_nothing_happens_at_import(name):
             assert isinstance(node.value, ast.Constant), ast.unparse(node)
 
 
-@pytest.mark.parametrize("name", ("configuration_internlm", "tokenization_internlm"))
+@pytest.mark.parametrize("name", ("configuration", "tokenization"))
 def test_a_transformers_too_old_is_named(monkeypatch, name):
     """One sentence with both versions, at import: the first two modules that the Auto classes load."""
-    monkeypatch.delitem(sys.modules, f"internlm.{name}", raising=False)
+    monkeypatch.delitem(sys.modules, f"internlm.{name}_internlm", raising=False)
     monkeypatch.setattr("transformers.__version__", "4.56.2")
     with pytest.raises(ImportError, match=r"needs transformers 4\.57 or newer, and this is 4\.56\.2: pip install"):
-        importlib.import_module(f"internlm.{name}")
+        package.load(name)
 
 
 WATCHED = """

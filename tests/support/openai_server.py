@@ -11,7 +11,8 @@ from pathlib import Path
 
 import openai
 import pytest
-from conftest import ROOT
+
+from support.paths import ROOT
 
 
 def stop(process: subprocess.Popen) -> None:

@@ -6,9 +6,10 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from support.paths import ROOT
 
 
 @pytest.fixture(scope="module")

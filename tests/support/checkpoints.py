@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from tools.package import MODULES, ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
-GOLDEN = ROOT / "tests" / "golden"
+from .paths import GOLDEN
+
+
 SEVEN = GOLDEN / "tiny_7b_origin"
 TWENTY = GOLDEN / "tiny_20b_dynamic"
-MODULES = ("configuration_internlm.py", "modeling_internlm.py", "tokenization_internlm.py")
 
 
 def golden_state(source: Path, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:

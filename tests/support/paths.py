@@ -1,0 +1,8 @@
+"""Where things are in a checkout."""
+
+from pathlib import Path
+
+
+ROOT = Path(__file__).resolve().parents[2]
+GOLDEN = ROOT / "tests" / "golden"
+TINY = ROOT / "checkpoints" / "tiny"
