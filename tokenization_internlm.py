@@ -7,7 +7,7 @@ SentencePiece and nothing more, except:
 * Special tokens decode to their names, or to nothing with `skip_special_tokens=True`.
 * `apply_chat_template` never turns text from a message, tool or document into a control token.
 
-`tokenizer.model` is read here, with a few lines of protobuf wire format: neither protobuf nor sentencepiece is needed.
+`tokenizer.model` is read by sentencepiece_internlm.py: neither protobuf nor sentencepiece is needed.
 """
 
 import copy
@@ -15,7 +15,6 @@ import json
 import os
 import re
 import shutil
-import struct
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields, is_dataclass
 from itertools import groupby
@@ -37,105 +36,22 @@ if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < (4, 57
 from transformers.utils.chat_template_utils import get_json_schema
 from transformers.utils.generic import to_py_obj
 
+from .sentencepiece_internlm import CONTROL, NORMAL, UNKNOWN, USER_DEFINED, read_model
+
 
 _SPACE = "\u2581"  # how SentencePiece writes a space inside a piece
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6  # SentencePiece.Type in sentencepiece_model.proto
-_TRAINER, _NORMALIZER = 2, 3  # fields of its ModelProto; field 1 is a piece
-# What a model must say to be encoded as here: (message, field) -> name, the value needed, the value when unset.
-_SETTINGS = {
-    (_TRAINER, 3): ("model_type (2 is BPE)", 2, 1),
-    (_TRAINER, 35): ("byte_fallback", 1, 0),
-    (_TRAINER, 24): ("treat_whitespace_as_suffix", 0, 0),
-    (_NORMALIZER, 2): ("precompiled_charsmap", b"", b""),
-    (_NORMALIZER, 3): ("add_dummy_prefix", 0, 1),
-    (_NORMALIZER, 4): ("remove_extra_whitespaces", 0, 1),
-    (_NORMALIZER, 5): ("escape_whitespaces", 1, 1),
-}
 _ROLE_HEADER = re.compile(r"<\|(User|Bot|System)\|>")
 _TOOL_CALL = re.compile(r"(?:^|\n)Action: *([^\n]*)(?:\nAction Input: *(.*?))?(?=\nAction: |\s*\Z)", re.DOTALL)
 _CLEANED = (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're")  # transformers' clean-up list
 
 
-def _varint(data: bytes, at: int) -> tuple[int, int]:
-    value = 0
-    for shift in range(0, 64, 7):
-        value |= (data[at] & 127) << shift
-        at += 1
-        if data[at - 1] < 128:
-            return value, at
-    raise ValueError(f"number too long at byte {at}")
-
-
-def _fields(data: bytes) -> list[tuple[int, Any]]:
-    """Split one protobuf message into (field number, int or bytes); LookupError or ValueError where it is broken."""
-    found, at, size = [], 0, len(data)
-    while at < size:
-        key, at = (data[at], at + 1) if data[at] < 128 else _varint(data, at)
-        kind = key & 7
-        if kind in (0, 2):  # a number, or the length of a string or message
-            value, at = (data[at], at + 1) if data[at] < 128 else _varint(data, at)
-        else:
-            value = {1: 8, 5: 4}[kind]
-        if kind:
-            if at + value > size:
-                raise ValueError(f"cut short at byte {size}")
-            value, at = data[at : at + value], at + value
-        found.append((key >> 3, value))
-    return found
-
-
-def _read_model(path: str | None) -> tuple[list[str], list[float], list[int]]:
-    """Read the pieces, scores and types of a SentencePiece model, in the order of their ids.
-
-    Raises:
-        ValueError: the file is missing, a Git LFS pointer, broken, or a model with settings other than InternLM's.
-            Not OSError: transformers replaces an OSError by one that says nothing about the cause.
-    """
-    if not path or not os.path.isfile(path):
-        raise ValueError("tokenizer.model is missing: put InternLM's into the folder, beside tokenizer_config.json.")
-    with open(path, "rb") as file:
-        data = file.read()
-    if data.startswith(b"version https://git-lfs"):
-        raise ValueError(
-            f"{path} is a Git LFS pointer ({len(data)} bytes), not the model: run `git lfs pull` in the folder, or "
-            "fetch the file with `hf download`."
-        )
-    settings, pieces, scores, types = {}, [], [], []
-    try:
-        for message, content in _fields(data):
-            if message == 1:
-                piece = dict(_fields(content))
-                pieces.append(piece[1].decode())
-                scores.append(struct.unpack("<f", piece.get(2, bytes(4)))[0])
-                types.append(piece.get(3, _NORMAL))
-            elif message in (_TRAINER, _NORMALIZER):
-                settings.update({(message, field): value for field, value in _fields(content)})
-        if not pieces or len(set(pieces)) < len(pieces) or types.count(_UNKNOWN) != 1 or not settings:
-            raise ValueError("pieces or settings are missing")
-    except (ValueError, LookupError, TypeError, AttributeError, struct.error) as error:
-        raise ValueError(
-            f"{path} ({len(data)} bytes) is not a complete SentencePiece model ({error!r}): fetch the file again."
-        ) from error
-    wrong = [
-        f"{name} is {settings.get(key, unset)!r:.20}, not {needed!r}"
-        for key, (name, needed, unset) in _SETTINGS.items()
-        if settings.get(key, unset) != needed
-    ]
-    if wrong or types.count(_BYTE) != 256 or set(types) - {_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE}:
-        raise ValueError(
-            f"{path} is not InternLM's but another model's tokenizer ({'; '.join(wrong) or 'its pieces differ'}): "
-            "load it with its own class, or put InternLM's file there."
-        )
-    return pieces, scores, types
-
-
 def _build_backend(path: str | None) -> Tokenizer:
     """Make the Rust tokenizer that encodes as SentencePiece does with the model at `path`."""
-    pieces, scores, types = _read_model(path)
-    normal = {piece for piece, kind in zip(pieces, types, strict=True) if kind == _NORMAL}
+    pieces, scores, types = read_model(path)
+    normal = {piece for piece, kind in zip(pieces, types, strict=True) if kind == NORMAL}
     # SentencePiece joins the neighbours whose union has the best score. The official model is glued from three, so its
     # ids are not in the order of its scores. Sorting is stable: ties go by id.
-    ranked = sorted((i for i, kind in enumerate(types) if kind == _NORMAL), key=lambda i: -scores[i])
+    ranked = sorted((i for i, kind in enumerate(types) if kind == NORMAL), key=lambda i: -scores[i])
     merges = [
         (left, right)
         for piece in (pieces[i] for i in ranked)
@@ -143,13 +59,13 @@ def _build_backend(path: str | None) -> Tokenizer:
         if (left := piece[:cut]) in normal and (right := piece[cut:]) in normal
     ]
     vocabulary = {piece: i for i, piece in enumerate(pieces)}
-    unknown = pieces[types.index(_UNKNOWN)]
+    unknown = pieces[types.index(UNKNOWN)]
     backend = Tokenizer(BPE(vocab=vocabulary, merges=merges, unk_token=unknown, byte_fallback=True))
     # No pre-tokenizer: with one and a vocabulary over 100,000, transformers tries a patch that may use the network.
     backend.normalizer = normalizers.Replace(" ", _SPACE)
     # For tools that use the backend alone. InternLMTokenizer.decode differs in invalid UTF-8 and in U+2581 from bytes.
     backend.decoder = decoders.Sequence([decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
-    control = [piece for piece, kind in zip(pieces, types, strict=True) if kind in (_UNKNOWN, _CONTROL, _USER_DEFINED)]
+    control = [piece for piece, kind in zip(pieces, types, strict=True) if kind in (UNKNOWN, CONTROL, USER_DEFINED)]
     backend.add_special_tokens([AddedToken(piece, special=True, normalized=False) for piece in control])
     return backend
 

@@ -10,7 +10,6 @@ the same experiments at a smaller size.
 import argparse
 import contextlib
 import gc
-import importlib
 import io
 import json
 import os
@@ -37,7 +36,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import upload_to_hub
-from tools import convert_checkpoint
+from tools import convert_checkpoint, package
 from tools.convert_files import expected_shapes
 
 from support.checkpoints import pickled_checkpoint
@@ -144,7 +143,7 @@ def _copy(folder: Path, scratch: Path) -> Path:
 
 def fuzz_config(tiny: Path, scratch: Path, inputs: int) -> Counter:
     folder = _copy(tiny, scratch)
-    load = importlib.import_module("internlm.configuration_internlm").InternLMConfig.from_pretrained
+    load = package.load("configuration").InternLMConfig.from_pretrained
     return fuzz(
         load, folder, {"config.json": broken_json((folder / "config.json").read_bytes(), _CONFIG_FIELDS)}, inputs
     )
@@ -153,7 +152,7 @@ def fuzz_config(tiny: Path, scratch: Path, inputs: int) -> Counter:
 def fuzz_tokenizer(tiny: Path, scratch: Path, inputs: int) -> Counter:
     """tokenizer.model and tokenizer_config.json, in turn."""
     folder = _copy(tiny, scratch)
-    load = importlib.import_module("internlm.tokenization_internlm").InternLMTokenizer.from_pretrained
+    load = package.load("tokenization").InternLMTokenizer.from_pretrained
     files = {
         "tokenizer.model": damaged((folder / "tokenizer.model").read_bytes()) | st.binary(max_size=64),
         "tokenizer_config.json": broken_json((folder / "tokenizer_config.json").read_bytes(), _TOKENIZER_FIELDS),
@@ -163,7 +162,7 @@ def fuzz_tokenizer(tiny: Path, scratch: Path, inputs: int) -> Counter:
 
 def fuzz_saved_tokenizer(tiny: Path, scratch: Path, inputs: int) -> Counter:
     """tokenizer.json, which the Rust library reads."""
-    tokenizer = importlib.import_module("internlm.tokenization_internlm").InternLMTokenizer
+    tokenizer = package.load("tokenization").InternLMTokenizer
     tokenizer.from_pretrained(tiny).save_pretrained(scratch)
     content = (scratch / "tokenizer.json").read_bytes()
     # Half of the hits go into the settings at its start: pieces and merges, which follow, are all alike.

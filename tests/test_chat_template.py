@@ -37,6 +37,7 @@ def folder(tmp_path_factory):
     out = tmp_path_factory.mktemp("hub") / "internlm-chat-20b"
     out.mkdir()
     for name in (
+        "sentencepiece_internlm.py",
         "tokenization_internlm.py",
         "tokenizer_config.json",
         "special_tokens_map.json",
@@ -344,7 +345,12 @@ def test_positional_arguments(tok):
 def test_other_model(tmp_path):
     """A model that has only <eoh> and <eoa>, under other ids, is protected in the same way."""
     train_sentencepiece(Path(__file__), tmp_path / "tokenizer")
-    for name in ("tokenization_internlm.py", "tokenizer_config.json", "chat_template.jinja"):
+    for name in (
+        "sentencepiece_internlm.py",
+        "tokenization_internlm.py",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+    ):
         shutil.copyfile(ROOT / name, tmp_path / name)
     tok = AutoTokenizer.from_pretrained(tmp_path, trust_remote_code=True)
     eoa = tok.convert_tokens_to_ids("<eoa>")

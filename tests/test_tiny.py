@@ -13,15 +13,17 @@ import sentencepiece
 import torch
 from safetensors import safe_open
 
+from tools import package
 
-ROOT = Path(__file__).resolve().parents[1]
-TINY = ROOT / "checkpoints" / "tiny"
+from support.paths import ROOT, TINY
+
+
 sys.path.insert(0, str(ROOT / "tools"))
 
-import tiny_corpus  # noqa: E402
-import tiny_measure  # noqa: E402
-import train_tiny  # noqa: E402
-from tiny_grammar import GRAMMARS, is_well_formed, paragraph, split_sentences  # noqa: E402
+import tiny_corpus
+import tiny_measure
+import train_tiny
+from tiny_grammar import GRAMMARS, is_well_formed, paragraph, split_sentences
 
 
 LANGUAGES = pytest.mark.parametrize("language", GRAMMARS)
@@ -131,7 +133,7 @@ def test_tokenizer_is_rebuilt_byte_for_byte(tmp_path):
 
 def test_tokenizer_has_the_official_settings():
     """Field numbers are those of sentencepiece_model.proto; protobuf leaves out a field that has its default."""
-    fields = importlib.import_module("internlm.tokenization_internlm")._fields
+    fields = package.load("sentencepiece")._fields
     model = fields((TINY / "tokenizer.model").read_bytes())
     pieces = [dict(fields(value)) for number, value in model if number == 1]
     trainer, normalizer = (dict(fields(value)) for wanted in (2, 3) for number, value in model if number == wanted)

@@ -26,11 +26,19 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AddedToken, AutoTokenizer, TextIteratorStreamer, TextStreamer
 
+from tools import package
+
 from support.paths import GOLDEN, ROOT
 from support.texts import jsonl, mixed_corpus, train_sentencepiece
 
 
-FILES = ["tokenization_internlm.py", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"]
+FILES = [
+    "sentencepiece_internlm.py",
+    "tokenization_internlm.py",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+]
 NUL, NUL_BYTE = 354, 3  # the official piece for NUL, which sentencepiece 0.2 passes over for the byte
 CONTROL = ["<s>", "</s>", "<unk>", "<eoh>", "<eoa>", "<TOKENS_UNUSED_2>", "<TOKENS_UNUSED_140>"]
 FUZZ = settings(deadline=None, derandomize=True, max_examples=400, suppress_health_check=list(HealthCheck))
@@ -538,7 +546,7 @@ def test_settings_survive_saving(small_folder, tmp_path, chosen, where, with_mod
     for name in ("once", "twice"):
         tok.save_pretrained(tmp_path / name)
         saved = {path.name for path in (tmp_path / name).iterdir()}
-        assert saved >= {"tokenizer.json", "tokenizer_config.json", "tokenization_internlm.py"}
+        assert saved >= {"tokenizer.json", "tokenizer_config.json", *FILES[:2]}
         assert ("tokenizer.model" in saved) == (with_model or name == "once")
         if not with_model and name == "once":
             (tmp_path / name / "tokenizer.model").unlink()
@@ -689,7 +697,7 @@ def check_damage(read, model: bytes, path: Path, at: int, data: bytes, cut: bool
 def test_damaged_model_file(small_folder, tmp_path_factory, at, data, cut):
     model = (small_folder / "tokenizer.model").read_bytes()
     path = tmp_path_factory.getbasetemp() / "damaged.model"
-    check_damage(tokenization()._read_model, model, path, int(at * len(model)), data, cut)
+    check_damage(package.load("sentencepiece").read_model, model, path, int(at * len(model)), data, cut)
 
 
 @pytest.mark.slow
@@ -698,8 +706,8 @@ def test_damaged_model_file(small_folder, tmp_path_factory, at, data, cut):
 def test_damaged_model_file_long(small_folder, tmp_path_factory, at, data, cut):
     model = (small_folder / "tokenizer.model").read_bytes()
     path = tmp_path_factory.getbasetemp() / "damaged.model"
-    check_damage(tokenization()._read_model, model, path, int(at * len(model)), data, cut)
+    check_damage(package.load("sentencepiece").read_model, model, path, int(at * len(model)), data, cut)
 
 
 def tokenization():
-    return importlib.import_module("internlm.tokenization_internlm")
+    return package.load("tokenization")

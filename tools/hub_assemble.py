@@ -30,9 +30,9 @@ from tools.hub_variant import (
     tokenizer_json,
     variant_file,
 )
+from tools.package import MODULES
 
 
-MODULES = ("configuration_internlm.py", "modeling_internlm.py", "tokenization_internlm.py")
 SMALL_FILES = (
     *MODULES,
     *("config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json"),

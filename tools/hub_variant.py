@@ -5,11 +5,10 @@ InternLMConfig and written in its normal form. The rest (auto_map, padding, stop
 """
 
 import hashlib
-import importlib.util
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from tools import package
 from tools.convert_files import read_json
 from tools.hub_errors import InputError
 
@@ -64,16 +63,6 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-@lru_cache
-def _module(name: str) -> Any:
-    """One of this package's modules, by path and under a name of its own: others may have loaded another copy."""
-    spec = importlib.util.spec_from_file_location(f"_of_this_package_{name}", ROOT / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def load_config(weights: Path) -> tuple[Any, dict[str, Any]]:
     """The weights folder's config.json, as an InternLMConfig and as it stands in the file."""
     if not weights.is_dir():
@@ -90,7 +79,7 @@ def load_config(weights: Path) -> tuple[Any, dict[str, Any]]:
     if "quantization_config" in raw:
         raise InputError(f"{weights} is quantised: give the unquantised checkpoint, and quantise the result.")
     try:
-        return _module("configuration_internlm").InternLMConfig(**raw), raw
+        return package.load("configuration").InternLMConfig(**raw), raw
     except ValueError as error:
         raise InputError(f"{path}: {error}") from error
 
@@ -166,7 +155,7 @@ def _as_list(value: Any) -> list[Any]:
 def _pieces(vocab_file: Path) -> list[str]:
     """The pieces of a SentencePiece model, read and checked as the tokenizer itself does it."""
     try:
-        return _module("tokenization_internlm")._read_model(str(vocab_file))[0]
+        return package.load("sentencepiece").read_model(vocab_file).pieces
     except ValueError as error:
         raise InputError(str(error)) from error
 
