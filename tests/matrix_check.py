@@ -15,7 +15,6 @@ import pytest
 import torch
 import transformers
 from test_golden import *  # noqa: F403  (its tests and fixtures, on the `modeling` below)
-from test_golden import CHECKPOINTS, assert_near, load
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -27,6 +26,7 @@ from transformers import (
 )
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
+from support.golden import CHECKPOINTS, assert_near, jsonl, load
 from support.paths import GOLDEN, ROOT
 
 
@@ -88,10 +88,6 @@ def modeling(folder):
 @pytest.fixture(scope="module")
 def tokenizer(folder):
     return AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
-
-
-def jsonl(name: str) -> list[dict]:
-    return [json.loads(line) for line in (GOLDEN / name).read_text(encoding="utf-8").split("\n") if line]
 
 
 @pytest.mark.parametrize("auto", HEADS, ids=lambda auto: auto.__name__)

@@ -11,8 +11,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AddedToken, AutoTokenizer
 
+from support.golden import jsonl
 from support.paths import GOLDEN, ROOT
-from support.texts import jsonl, train_sentencepiece
+from support.texts import train_sentencepiece
 
 
 TEMPLATES = {"later": ROOT / "chat_template.jinja", "early": ROOT / "variants" / "early_chat_template.jinja"}

@@ -1,20 +1,13 @@
-"""The outputs of the official code, which are the definition of right (tests/golden, transformers 4.33.3, float32).
-
-The official code differs from itself by 1.5e-4 between runs, sdpa from eager by 1e-4; real errors start at 0.17.
-"""
+"""The outputs of the official code, the reference for correctness (tests/golden, transformers 4.33.3, float32)."""
 
 import json
 
 import numpy as np
 import pytest
 import torch
-from transformers import DynamicCache, StaticCache
 
+from support.golden import CHECKPOINTS, assert_near, forced_decode, load, new_cache
 from support.paths import GOLDEN
-
-
-ATOL = 1e-3
-CHECKPOINTS = ("tiny_7b_origin", "tiny_20b_dynamic")
 
 
 @pytest.fixture(scope="module", params=CHECKPOINTS)
@@ -35,26 +28,6 @@ def golden(name):
 @pytest.fixture(scope="module")
 def ids(golden):
     return torch.tensor(golden["ids256"])[None]
-
-
-def load(modeling, name, kind="InternLMForCausalLM", dtype=torch.float32, **kwargs):
-    return getattr(modeling, kind).from_pretrained(GOLDEN / name, dtype=dtype, **kwargs).eval()
-
-
-def new_cache(kind, model, length=160):
-    return DynamicCache(config=model.config) if kind == "dynamic" else StaticCache(model.config, max_cache_len=length)
-
-
-@torch.no_grad()
-def forced_decode(model, ids, prompt, end, cache):
-    """Logits after `prompt` tokens at once and then one token at a time, (end - prompt + 1, V)."""
-    logits = [model(ids[:, :prompt], past_key_values=cache).logits[:, -1]]
-    logits += [model(ids[:, step : step + 1], past_key_values=cache).logits[:, -1] for step in range(prompt, end)]
-    return torch.cat(logits)
-
-
-def assert_near(actual, expected, atol=ATOL):
-    torch.testing.assert_close(actual, torch.as_tensor(expected), atol=atol, rtol=0)
 
 
 @pytest.mark.parametrize("use_cache", (False, True))

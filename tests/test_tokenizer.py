@@ -28,8 +28,9 @@ from transformers import AddedToken, AutoTokenizer, TextIteratorStreamer, TextSt
 
 from tools import package
 
+from support.golden import jsonl
 from support.paths import GOLDEN, ROOT
-from support.texts import jsonl, mixed_corpus, train_sentencepiece
+from support.texts import mixed_corpus, train_sentencepiece
 
 
 FILES = [

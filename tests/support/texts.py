@@ -6,18 +6,14 @@ from pathlib import Path
 
 import sentencepiece
 
-from .paths import GOLDEN, ROOT
+from .golden import jsonl
+from .paths import ROOT
 
 
 BLOCKS = [  # code points: Latin, Greek to Hebrew, Indic, symbols, CJK, Hangul, private use, emoji, all planes
     (32, 127), (0xA0, 0x2FF), (0x370, 0x5FF), (0x900, 0x1FFF), (0x2000, 0x2BFF), (0x3000, 0x30FF), (0x4E00, 0x9FFF),
     (0xAC00, 0xD7A3), (0xE000, 0xFFFF), (0x1F300, 0x1FAFF), (0x10000, 0x10FFFF),
 ]  # fmt: skip
-
-
-def jsonl(name: str) -> list[dict]:
-    """The lines of a golden file. Not splitlines(): some texts hold other line separators."""
-    return [json.loads(line) for line in (GOLDEN / name).read_text(encoding="utf-8").split("\n") if line]
 
 
 def generated_unicode(rng: random.Random) -> str:

@@ -1,0 +1,42 @@
+"""The golden checkpoints and outputs of the official code, and the helpers that compare a model with them.
+
+Imported by tests/matrix_check.py, whose environments hold torch, transformers, jinja2 and pytest only.
+"""
+
+import json
+
+import torch
+from transformers import DynamicCache, StaticCache
+
+from .paths import GOLDEN
+
+
+# The official code differs from itself by 1.5e-4 between runs, sdpa from eager by 1e-4; real errors start at 0.17.
+ATOL = 1e-3
+CHECKPOINTS = ("tiny_7b_origin", "tiny_20b_dynamic")
+
+
+def jsonl(name: str) -> list[dict]:
+    """The rows of a golden file. Not splitlines(): some texts contain other line separators."""
+    return [json.loads(line) for line in (GOLDEN / name).read_text(encoding="utf-8").split("\n") if line]
+
+
+def load(modeling, name, kind="InternLMForCausalLM", dtype=torch.float32, **kwargs):
+    """A golden checkpoint, in evaluation mode."""
+    return getattr(modeling, kind).from_pretrained(GOLDEN / name, dtype=dtype, **kwargs).eval()
+
+
+def new_cache(kind, model, length=160):
+    return DynamicCache(config=model.config) if kind == "dynamic" else StaticCache(model.config, max_cache_len=length)
+
+
+@torch.no_grad()
+def forced_decode(model, ids, prompt, end, cache):
+    """Logits (end - prompt + 1, V) of a prefill of `prompt` tokens, then of one decode step per token of `ids`."""
+    logits = [model(ids[:, :prompt], past_key_values=cache).logits[:, -1]]
+    logits += [model(ids[:, step : step + 1], past_key_values=cache).logits[:, -1] for step in range(prompt, end)]
+    return torch.cat(logits)
+
+
+def assert_near(actual, expected, atol=ATOL):
+    torch.testing.assert_close(actual, torch.as_tensor(expected), atol=atol, rtol=0)
