@@ -5,8 +5,10 @@ import copy
 
 import pytest
 import torch
-from test_golden import assert_near, forced_decode, load, new_cache
 from transformers import DynamicCache
+
+from support.generation import greedy_rows, pad_left
+from support.golden import assert_near, forced_decode, load, new_cache
 
 
 WINDOW = 64
@@ -20,19 +22,6 @@ def model(modeling):
 @pytest.fixture(scope="module")
 def ids(model):
     return torch.randint(3, model.config.vocab_size, (3, 300), generator=torch.Generator().manual_seed(0))
-
-
-def greedy(model, ids, **settings):
-    settings = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None, **settings}
-    settings.setdefault("attention_mask", torch.ones_like(ids))
-    return model.generate(ids, **settings)
-
-
-def pad_left(rows, length, pad=0):
-    """Rows of token ids -> (ids, mask), each (B, length)."""
-    ids = torch.stack([torch.cat((row.new_full((length - len(row),), pad), row)) for row in rows])
-    mask = torch.stack([(torch.arange(length) >= length - len(row)).long() for row in rows])
-    return ids, mask
 
 
 def test_worked_numbers(modeling, configuration):
@@ -145,7 +134,7 @@ def test_fixed_base_is_the_same_function(model, ids):
 def test_short_after_long_is_unchanged(model, ids):
     before = model(ids[:, :30]).logits
     model(ids)
-    greedy(model, ids[:, :100], cache_implementation="static")
+    greedy_rows(model, ids[:, :100], cache_implementation="static")
     torch.testing.assert_close(model(ids[:, :30]).logits, before, atol=0, rtol=0)
 
 
@@ -213,10 +202,10 @@ def test_inputs_embeds_and_gradient_checkpointing(model, ids):
 @pytest.mark.parametrize("prompt", (20, 60, 100))
 def test_static_cache_gives_the_same_tokens(model, ids, prompt):
     tokens = ids[:1, :prompt]
-    expected = greedy(model, tokens).tolist()
-    assert greedy(model, tokens, cache_implementation="static").tolist() == expected
+    expected = greedy_rows(model, tokens).tolist()
+    assert greedy_rows(model, tokens, cache_implementation="static").tolist() == expected
     if prompt == 20:  # beyond the window reading anew and reading on are different functions (docs/long-context.md)
-        assert greedy(model, tokens, use_cache=False).tolist() == expected
+        assert greedy_rows(model, tokens, use_cache=False).tolist() == expected
 
 
 @pytest.mark.parametrize("kind", ("offloaded", "offloaded_static"))
@@ -230,8 +219,8 @@ def test_offloaded_caches_give_the_same_tokens(model, ids, kind, monkeypatch):
     monkeypatch.setattr(torch, "Stream", NoStream)
     monkeypatch.setattr(torch.cuda, "default_stream", lambda device: NoStream())
     inputs = ids[:1, : WINDOW + 20]
-    expected = greedy(model, inputs)
-    assert torch.equal(greedy(model, inputs, cache_implementation=kind), expected)
+    expected = greedy_rows(model, inputs)
+    assert torch.equal(greedy_rows(model, inputs, cache_implementation=kind), expected)
 
 
 @pytest.mark.parametrize("way", ("assisted", "prompt lookup"))
@@ -244,29 +233,29 @@ def test_assisted_decoding_is_lossless_across_the_window(model, ids, way):
     assistant.generation_config.eos_token_id = None
     settings = {"assistant_model": assistant} if way == "assisted" else {"prompt_lookup_num_tokens": 5}
     prompt = torch.cat((ids[:1, :20], ids[:1, :20]), dim=1)
-    expected = greedy(model, prompt, max_new_tokens=100)
-    assert greedy(model, prompt, max_new_tokens=100, **settings).tolist() == expected.tolist()
+    expected = greedy_rows(model, prompt, max_new_tokens=100)
+    assert greedy_rows(model, prompt, max_new_tokens=100, **settings).tolist() == expected.tolist()
 
 
 def test_beams_and_batches_beyond_the_window(model, ids):
     """Beam search over left-padded rows gives each row what it gives the row alone."""
     rows = [ids[0, :90], ids[1, :50], ids[2, :70]]
     padded, mask = pad_left(rows, 90)
-    together = greedy(model, padded, attention_mask=mask, num_beams=3)[:, 90:]
+    together = greedy_rows(model, padded, attention_mask=mask, num_beams=3)[:, 90:]
     for row, tokens in enumerate(rows):
-        assert greedy(model, tokens[None], num_beams=3)[0, len(tokens) :].tolist() == together[row].tolist()
+        assert greedy_rows(model, tokens[None], num_beams=3)[0, len(tokens) :].tolist() == together[row].tolist()
 
 
 @torch.no_grad()
 def test_several_turns_on_one_cache_crop_and_reuse(model, ids):
     """A conversation goes on with its cache, and a cropped cache is as good as one that never saw the rest."""
     past = DynamicCache(config=model.config)
-    first = greedy(model, ids[:1, :50], cache=past)
+    first = greedy_rows(model, ids[:1, :50], cache=past)
     longer = torch.cat((first, ids[1:2, :40]), dim=1)
-    continued = greedy(model, longer, cache=past)
+    continued = greedy_rows(model, longer, cache=past)
     again = DynamicCache(config=model.config)
-    greedy(model, ids[:1, :50], cache=again)
-    assert greedy(model, longer, cache=again).tolist() == continued.tolist()
+    greedy_rows(model, ids[:1, :50], cache=again)
+    assert greedy_rows(model, longer, cache=again).tolist() == continued.tolist()
 
     past = DynamicCache(config=model.config)
     model(ids[:1, :100], past_key_values=past)
@@ -275,45 +264,6 @@ def test_several_turns_on_one_cache_crop_and_reuse(model, ids):
     model(ids[1:2, :20], past_key_values=past)
     past.crop(-20)
     assert_near(model(ids[:1, 100:101], past_key_values=past).logits, expected, atol=1e-5)
-
-
-class Recompilations:
-    """Counts what torch.compile compiles; a decode loop must compile once."""
-
-    def __init__(self) -> None:
-        self.graphs = 0
-
-    def __call__(self, graph, example_inputs):
-        self.graphs += 1
-        return graph.forward
-
-
-@torch.no_grad()
-def test_fullgraph_static_decode_compiles_once(model, ids):
-    """One graph without a break, from inside the window to beyond it, and its logits are eager's."""
-    counter = Recompilations()
-    compiled = torch.compile(model, fullgraph=True, backend=counter)
-    past, eager = new_cache("static", model), new_cache("static", model)
-    model(ids[:2, :55], past_key_values=past)
-    model(ids[:2, :55], past_key_values=eager)
-    for step in range(55, 80):
-        logits = compiled(ids[:2, step : step + 1], past_key_values=past).logits
-        assert_near(logits, model(ids[:2, step : step + 1], past_key_values=eager).logits)
-    assert counter.graphs == 1
-
-
-def test_compiled_generate_across_the_window(model, ids):
-    """generate with a static cache and inductor's real kernels: the tokens of eager decoding, padded rows included."""
-    from transformers.generation import CompileConfig
-
-    padded, mask = pad_left([ids[0, :60], ids[1, :40]], 60)
-    expected = greedy(model, padded, attention_mask=mask)
-    config = CompileConfig(fullgraph=True, mode="default", dynamic=False)
-    config._compile_all_devices = True
-    output = greedy(
-        model, padded, attention_mask=mask, cache_implementation="static", compile_config=config, disable_compile=False
-    )
-    assert output.tolist() == expected.tolist()
 
 
 def test_engines_keep_the_trained_theta(model, ids):
@@ -370,53 +320,3 @@ def test_a_text_beyond_anything_sensible_is_read_with_one_warning(model, ids, ca
         record.getMessage() for record in caplog.records if "513 tokens are more than 8 times" in record.getMessage()
     ]
     assert len(caplog.records) == 1
-
-
-class Graph:
-    """A compiler that keeps the graph it is given."""
-
-    def __call__(self, graph, example_inputs):
-        self.operators = {str(node.target) for node in graph.graph.nodes}
-        return graph.forward
-
-
-@pytest.mark.parametrize("case", ("one token", "two rows", "hooked"))
-@torch.no_grad()
-def test_compiled_products_of_one_token_are_written_out(model, ids, case):
-    """On a CPU, so that all its cores read the weights; a hook of somebody's still runs. Logits are eager's."""
-    seen, graph, rows = [], Graph(), 2 if case == "two rows" else 1
-    handles = []
-    if case == "hooked":
-        linears = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
-        handles = [linear.register_forward_hook(lambda *_: seen.append(1)) for linear in linears]
-    torch.compiler.reset()
-    past, eager = new_cache("static", model), new_cache("static", model)
-    for cache in (past, eager):
-        model(ids[:rows, :20], past_key_values=cache)
-    expected = model(ids[:rows, 20:21], past_key_values=eager).logits
-    seen.clear()
-    logits = torch.compile(model, backend=graph)(ids[:rows, 20:21], past_key_values=past).logits
-    for handle in handles:
-        handle.remove()
-    assert_near(logits, expected)
-    assert any("linear" in operator for operator in graph.operators) == (case != "one token")
-    assert bool(seen) == (case == "hooked")
-
-
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
-@torch.no_grad()
-def test_compiled_steps_of_one_row_are_eager_steps(dtype, model, ids):
-    """inductor's real kernels, across the window; in bfloat16, as near to the float32 model as eager steps are."""
-    torch.compiler.reset()
-    here = copy.deepcopy(model).to(dtype)
-    ways = [(torch.compile(here, fullgraph=True), here), (here, here), (model, model)]
-    caches = [new_cache("static", way) for _, way in ways]
-    for (_, way), cache in zip(ways, caches, strict=True):
-        way(ids[:1, :60], past_key_values=cache)
-    errors = []
-    for step in range(60, 70):
-        token = ids[:1, step : step + 1]
-        logits = [call(token, past_key_values=cache).logits for (call, _), cache in zip(ways, caches, strict=True)]
-        errors.append([(found.float() - logits[-1]).abs().mean() for found in logits[:2]])
-    compiled, eager = torch.tensor(errors).mean(0)
-    assert compiled < max(1.2 * eager, 1e-4)
