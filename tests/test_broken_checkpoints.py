@@ -17,10 +17,9 @@ import pytest
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from test_upload import TOKEN, environment
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-from support.hub_server import Hub, User
+from support.hub_server import TOKEN, Hub, User, environment
 from support.processes import in_child
 
 

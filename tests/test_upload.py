@@ -40,11 +40,10 @@ from tools.hub_variant import (
 )
 
 from support.checkpoints import pickled_checkpoint
-from support.hub_server import Hold, Hub, User, answer, drop, lose_answer
+from support.hub_server import TOKEN, Hold, Hub, User, answer, drop, environment, lose_answer
 from support.paths import GOLDEN, ROOT, TINY
 
 
-TOKEN = "hf_thisMustNeverBePrinted"
 ASSEMBLE = ["--weights", str(TINY)]
 QUICK = ["--no-verify-local", "--no-verify-remote"]  # without starting processes that load the model
 
@@ -76,12 +75,6 @@ generator = pipeline("text-generation", sys.argv[1], **source)
 chat = generator([{"role": "user", "content": "Hello!"}], max_new_tokens=8, do_sample=False)
 print(json.dumps([tokenizer.decode(ids[0]), chat[0]["generated_text"][-1]["content"]]))
 """
-
-
-def environment(hub: Hub, home: Path) -> dict[str, str]:
-    """What a process needs to talk to this Hub and to nothing else."""
-    settings = {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(home), "HF_HUB_OFFLINE": "0"}
-    return {**os.environ, **settings, "HF_TOKEN": TOKEN, "OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error"}
 
 
 def start(hub: Hub, home: Path, *argv: object) -> subprocess.Popen:

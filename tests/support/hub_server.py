@@ -13,13 +13,18 @@ a pause, or whatever a test wants to happen at that moment.
 import base64
 import hashlib
 import json
+import os
 import re
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
+
+
+TOKEN = "hf_thisMustNeverBePrinted"
 
 
 @dataclass
@@ -463,3 +468,9 @@ ROUTES = [
     ("GET", f"/{_REPO}/resolve/{_REV}/(?P<path>.+)", Request.resolve),
     ("HEAD", f"/{_REPO}/resolve/{_REV}/(?P<path>.+)", Request.resolve),
 ]
+
+
+def environment(hub: Hub, home: Path) -> dict[str, str]:
+    """What a process needs to talk to this Hub and to nothing else."""
+    settings = {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(home), "HF_HUB_OFFLINE": "0"}
+    return {**os.environ, **settings, "HF_TOKEN": TOKEN, "OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error"}
