@@ -43,6 +43,12 @@ def modeling() -> types.ModuleType:
 
 
 @pytest.fixture(scope="session")
+def rotary() -> types.ModuleType:
+    """rotary_internlm.py, imported without going through a model folder."""
+    return package.load("rotary")
+
+
+@pytest.fixture(scope="session")
 def configuration() -> types.ModuleType:
     """configuration_internlm.py, imported without going through a model folder."""
     return package.load("configuration")

@@ -23,6 +23,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     AutoTokenizer,
+    DynamicCache,
 )
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
@@ -215,6 +216,23 @@ def test_training_gradient_checkpointing(modeling, name, reentrant, use_cache):
         assert len(calls) == (2 if checkpointing else 1)
     for plain, again in zip(*gradients, strict=True):
         torch.testing.assert_close(again, plain, rtol=0, atol=1e-4 * plain.abs().max().item() * (use_cache is None))
+
+
+def test_training_checkpointing_fills_no_cache(modeling, name):
+    """The backward pass runs every layer again: a cache that was passed would hold each key twice."""
+    model, cache = load(modeling, name).train(), DynamicCache()
+    enable_checkpointing(model, reentrant=False)
+    ids, gradients = torch.arange(10, 90)[None], []
+    for passed in (None, cache):
+        model.zero_grad()
+        model(ids, labels=ids, cache=passed).loss.backward()
+        gradients.append([parameter.grad.clone() for parameter in model.parameters()])
+    for without, with_cache in zip(*gradients, strict=True):
+        assert torch.equal(without, with_cache)
+    assert cache.get_seq_length() == 0
+    with torch.no_grad():  # no backward pass, so the cache fills as in evaluation mode
+        model(ids, cache=cache)
+    assert cache.get_seq_length() == 80
 
 
 def enable_checkpointing(model, reentrant: bool) -> None:

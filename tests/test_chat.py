@@ -217,7 +217,7 @@ def test_a_conversation_beyond_the_memory_says_what_to_cut(tiny_dir):
     assert child.returncode == 0, child.stderr
     for line in (lines := child.stdout.splitlines()):
         assert re.fullmatch(
-            r"Out of memory at a prompt of \d{4,} tokens with 2 earlier turns: cut the oldest \(history\[1:\]\) "
+            r"Out of memory at a prompt of \d{4,} tokens with 2 earlier turns: drop the oldest \(history\[1:\]\) "
             r"or set a smaller max_new_tokens \(1024 now\).",
             line,
         )

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from transformers import AutoModelForCausalLM, CompileConfig
 
 from support.generation import PROMPTS, greedy_ids, greedy_rows, pad_left
@@ -79,27 +80,66 @@ class Graph:
         return graph.forward
 
 
-@pytest.mark.parametrize("case", ("one token", "two rows", "hooked"))
+def double_output(module, inputs, output):
+    return output * 2 if isinstance(module, torch.nn.Linear) else None
+
+
+# Ways of changing what a linear layer computes, without replacing the module.
+CHANGES = {
+    "hook": lambda linear: linear.register_forward_hook(double_output),
+    "pre-hook": lambda linear: linear.register_forward_pre_hook(lambda _, inputs: (inputs[0] * 2,)),
+    "forward": lambda linear: setattr(linear, "forward", lambda states: torch.nn.Linear.forward(linear, states) * 2),
+    "global hook": lambda linear: torch.nn.modules.module.register_module_forward_hook(double_output),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@torch.no_grad()
+def test_compiled_products_of_one_token_see_what_changes_a_layer(model, ids, change):
+    """Hooks, global ones too, and a replaced forward: what they change in eager mode they change when compiled."""
+    here, caches = copy.deepcopy(model), [new_cache("static", model) for _ in range(2)]
+    for cache in caches:
+        here(ids[:1, :20], past_key_values=cache)
+    plain = model(ids[:1, 20:21], past_key_values=copy.deepcopy(caches[0])).logits
+    handle = CHANGES[change](here.lm_head)
+    try:
+        torch.compiler.reset()
+        eager = here(ids[:1, 20:21], past_key_values=caches[0]).logits
+        compiled = torch.compile(here, backend="aot_eager")(ids[:1, 20:21], past_key_values=caches[1]).logits
+    finally:
+        getattr(handle, "remove", lambda: None)()
+    assert_near(compiled, eager)
+    assert not torch.allclose(eager, plain, atol=0.1)
+
+
+@torch.no_grad()
+def test_compiled_products_of_one_token_take_offloaded_weights(tiny_dir, tiny_model, ids):
+    """accelerate fetches each weight when its layer runs; outside of that the weight has no storage."""
+    offloaded = AutoModelForCausalLM.from_pretrained(tiny_dir, trust_remote_code=True, dtype=torch.float32).eval()
+    cpu_offload(offloaded, execution_device="cpu")
+    caches = [new_cache("static", tiny_model) for _ in range(2)]
+    for cache in caches:
+        tiny_model(ids[:1, :20] % 2000, past_key_values=cache)
+    torch.compiler.reset()
+    expected = tiny_model(ids[:1, 20:21] % 2000, past_key_values=caches[0]).logits
+    assert offloaded.lm_head.weight.is_meta
+    found = torch.compile(offloaded, backend="aot_eager")(ids[:1, 20:21] % 2000, past_key_values=caches[1]).logits
+    assert_near(found, expected)
+
+
+@pytest.mark.parametrize("case", ("one token", "two rows"))
 @torch.no_grad()
 def test_compiled_products_of_one_token_are_written_out(model, ids, case):
-    """On a CPU, so that all its cores read the weights; a hook of somebody's still runs. Logits are eager's."""
-    seen, graph, rows = [], Graph(), 2 if case == "two rows" else 1
-    handles = []
-    if case == "hooked":
-        linears = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
-        handles = [linear.register_forward_hook(lambda *_: seen.append(1)) for linear in linears]
+    """On a CPU, so that all its cores read the weights. Logits are eager's."""
+    graph, rows = Graph(), 2 if case == "two rows" else 1
     torch.compiler.reset()
     past, eager = new_cache("static", model), new_cache("static", model)
     for cache in (past, eager):
         model(ids[:rows, :20], past_key_values=cache)
     expected = model(ids[:rows, 20:21], past_key_values=eager).logits
-    seen.clear()
     logits = torch.compile(model, backend=graph)(ids[:rows, 20:21], past_key_values=past).logits
-    for handle in handles:
-        handle.remove()
     assert_near(logits, expected)
     assert any("linear" in operator for operator in graph.operators) == (case != "one token")
-    assert bool(seen) == (case == "hooked")
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))

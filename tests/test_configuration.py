@@ -115,7 +115,7 @@ def test_every_field_of_config_json_is_known_and_every_argument_is_read(config_c
     assert len(files) > 6
     for file in files:
         assert set(json.loads(file.read_text())) - {"transformers_version"} <= arguments | librarys, file
-    source = (ROOT / "modeling_internlm.py").read_text() + (ROOT / "configuration_internlm.py").read_text()
+    source = "".join(path.read_text() for path in ROOT.glob("*_internlm.py"))
     librarys_to_read = {
         "use_cache",
         "tie_word_embeddings",

@@ -24,33 +24,33 @@ def ids(model):
     return torch.randint(3, model.config.vocab_size, (3, 300), generator=torch.Generator().manual_seed(0))
 
 
-def test_worked_numbers(modeling, configuration):
-    """The base at 1, 2 and 4 windows of the 20B, as the docstring of RotaryTables states it."""
+def test_worked_numbers(rotary, configuration):
+    """The base at 1, 2 and 4 windows of the 20B, as the docstring of rotary_internlm.py states it."""
     config = configuration.InternLMConfig(hidden_size=5120, num_attention_heads=40, max_position_embeddings=4096)
     lengths = torch.tensor([[4000.0], [4096.0], [8192.0], [16384.0]])
-    slowest = modeling._ntk_log_ratio(config, lengths)[:, -1].exp() * modeling._frequencies(config, lengths.device)[-1]
-    bases = slowest.double() ** (-128 / 126)
+    lowest = rotary.ntk_log_ratio(config, lengths)[:, -1].exp() * rotary.trained_inv_freq(config, lengths.device)[-1]
+    bases = lowest.double() ** (-128 / 126)
     assert bases.tolist() == pytest.approx([10000, 10000, 20221.3, 40889.9], rel=1e-4)
-    assert modeling._ntk_log_ratio(config, lengths)[:2].abs().max() == 0
+    assert rotary.ntk_log_ratio(config, lengths)[:2].abs().max() == 0
 
 
-@pytest.mark.parametrize("keys", ("engine's", "new", "cached"))
+@pytest.mark.parametrize("key_source", ("engine", "forward", "cache"))
 @pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16, torch.float32))
-def test_angles_are_float32_under_any_dtype_and_autocast(modeling, model, dtype, keys):
+def test_angles_are_float32_under_any_dtype_and_autocast(rotary, model, dtype, key_source):
     """Half precision would keep 797 of 5000 positions apart: every table is the exact angle's, to rounding."""
     config, length = model.config, 16000
     positions, exponents = torch.arange(length), torch.arange(0, config.head_dim, 2).double() / config.head_dim
     with torch.autocast("cpu", dtype=torch.bfloat16 if dtype == torch.float32 else dtype):
-        tables = modeling._rotary_tables(
-            config, torch.zeros(1, length, 1, dtype=dtype), positions[None], None, None, positions, length, keys
+        cos, sin, corrections = rotary.rotary_tables(
+            config, torch.zeros(1, length, 1, dtype=dtype), positions[None], None, None, length, key_source
         )
     trained = 10000**-exponents
     grown = (10000 * (length / WINDOW) ** (config.head_dim / (config.head_dim - 2))) ** -exponents
-    expected = [(tables.cos, tables.sin, grown if keys == "new" else trained)]
-    expected += [(*read, grown - trained) for read in tables.read]
-    assert len(tables.read) == (keys == "cached")
-    for cos, sin, theta in expected:
-        angles, half = positions[:, None] * theta, config.head_dim // 2
+    expected = [(cos, sin, grown if key_source == "forward" else trained)]
+    expected += [(*correction, grown - trained) for correction in corrections]
+    assert len(corrections) == (key_source == "cache")
+    for cos, sin, inv_freq in expected:
+        angles, half = positions[:, None] * inv_freq, config.head_dim // 2
         assert cos.dtype == sin.dtype == dtype
         assert_near(cos[0, 0, :, :half].double(), angles.cos(), atol=5e-3)
         assert_near(sin[0, 0, :, half:].double(), angles.sin(), atol=5e-3)
@@ -276,20 +276,18 @@ def test_engines_keep_the_trained_theta(model, ids):
 
 
 @pytest.mark.parametrize("rows", (1, 7, 50, 60))
-def test_turned_scores_are_those_of_turned_keys(modeling, monkeypatch, rows):
-    """Reading the keys in pieces of so many rows, and the gradients through it, change nothing."""
-    batch, heads, keys_read, head_dim = 2, 3, 50, 8
-    monkeypatch.setattr(modeling, "_READ_PIECE", rows * batch * heads * head_dim)
+def test_corrected_scores_are_those_of_rotated_keys(rotary, monkeypatch, rows):
+    """In chunks of any number of keys, and their gradients too."""
+    batch, heads, key_length, head_dim = 2, 3, 50, 8
+    monkeypatch.setattr(rotary, "_CHUNK_NUMEL", rows * batch * heads * head_dim)
     generator = torch.Generator().manual_seed(0)
-    queries, keys = (torch.randn(batch, heads, n, head_dim, generator=generator) for n in (1, keys_read))
-    places, theta = (
-        torch.arange(keys_read)[None].expand(batch, -1),
-        torch.rand(batch, 1, head_dim // 2, generator=generator),
-    )
-    tables = modeling._cos_sin(places, theta, torch.float32)
+    queries, keys = (torch.randn(batch, heads, n, head_dim, generator=generator) for n in (1, key_length))
+    positions = torch.arange(key_length)[None].expand(batch, -1)
+    inv_freq = torch.rand(batch, 1, head_dim // 2, generator=generator)
+    tables = rotary.cos_sin(positions, inv_freq, torch.float32)
     queries.requires_grad_(), keys.requires_grad_()
-    found = modeling._turned_scores(queries, keys, *tables)
-    expected = queries @ modeling._rotate(keys, *tables).mT
+    found = rotary.corrected_scores(queries, keys, *tables)
+    expected = queries @ rotary.rotate(keys, *tables).mT
     assert_near(found, expected, atol=1e-5)
     weights = torch.randn(expected.shape, generator=generator)
     gradients = [torch.autograd.grad((scores * weights).sum(), (queries, keys)) for scores in (found, expected)]
@@ -309,7 +307,7 @@ def test_decode_far_beyond_the_window(model, ids, length):
 @torch.no_grad()
 def test_a_text_beyond_anything_sensible_is_read_with_one_warning(model, ids, caplog):
     """Beyond 8 windows: once, with the length and the window; not before."""
-    model.model._warned = False
+    model.model._warned_of_length = False
     tokens, past = torch.cat((ids, ids, ids), dim=1)[:1], new_cache("dynamic", model)
     with caplog.at_level("WARNING"):
         model(tokens[:, : 8 * WINDOW], past_key_values=past)

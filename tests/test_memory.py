@@ -72,7 +72,7 @@ def test_the_loss_holds_one_float32_copy_of_the_logits(dtype):
 
 
 @pytest.mark.parametrize("arguments", ["labels", "shift_labels", "num_items_in_batch", "nothing to learn"])
-def test_the_loss_in_pieces_is_the_loss(arguments, modeling, monkeypatch):
+def test_the_loss_in_chunks_is_the_loss(arguments, modeling, monkeypatch):
     """Value and gradients of the library's loss, however the labels are given; some of them do not count."""
     model = our_model(SHAPE._replace(layers=1, vocab=500), torch.float32).train()
     ids = torch.arange(2 * 37).view(2, -1) % 500
@@ -83,19 +83,19 @@ def test_the_loss_in_pieces_is_the_loss(arguments, modeling, monkeypatch):
     elif arguments == "num_items_in_batch":
         extra["num_items_in_batch"] = 100
     results = []
-    for piece in (modeling._LOSS_PIECE, 500 * 8):
-        monkeypatch.setattr(modeling, "_LOSS_PIECE", piece)
+    for numel in (modeling._LOSS_CHUNK_NUMEL, 500 * 8):
+        monkeypatch.setattr(modeling, "_LOSS_CHUNK_NUMEL", numel)
         model.zero_grad()
         loss = model(ids, labels=labels, use_cache=False, **extra).loss
         loss.backward()
         results.append([loss.detach(), *(parameter.grad.clone() for parameter in model.parameters())])
-    for whole, pieces in zip(*results, strict=True):
-        torch.testing.assert_close(pieces, whole, equal_nan=True)
+    for whole, chunked in zip(*results, strict=True):
+        torch.testing.assert_close(chunked, whole, equal_nan=True)
     assert results[0][0].isnan() == (arguments == "nothing to learn")
 
 
-def test_somebodys_own_loss_sees_all_logits(modeling, monkeypatch):
-    monkeypatch.setattr(modeling, "_LOSS_PIECE", 500)
+def test_a_custom_loss_sees_all_logits(modeling, monkeypatch):
+    monkeypatch.setattr(modeling, "_LOSS_CHUNK_NUMEL", 500)
     model = our_model(SHAPE._replace(layers=1, vocab=500), torch.float32)
     model.loss_function = lambda logits, labels, vocab_size, **kwargs: torch.tensor(logits.shape[1])
     ids = torch.arange(20)[None]

@@ -1,7 +1,6 @@
 """checkpoints/tiny and its recipe: a seed gives the same text and pieces, and the numbers beside it are true."""
 
 import argparse
-import importlib
 import json
 import random
 import sys
@@ -221,10 +220,10 @@ def test_stretched_positions_leave_gaps_after_lines():
 
 def test_base_of_training_is_dynamic_ntks(subject):
     """What a stretched window is trained with is what the model uses at that length."""
-    module = importlib.import_module("internlm.modeling_internlm")
+    rotary = package.load("rotary")
     config = subject.model.config
     lengths = torch.tensor([[4.0 * subject.window]])
-    theta = module._frequencies(config, "cpu") * module._ntk_log_ratio(config, lengths).exp()
+    theta = rotary.trained_inv_freq(config, "cpu") * rotary.ntk_log_ratio(config, lengths).exp()
     exponents = torch.arange(0, config.head_dim, 2) / config.head_dim
     torch.testing.assert_close(theta[0], train_tiny.ntk_base(4) ** -exponents)
 

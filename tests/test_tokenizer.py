@@ -487,7 +487,7 @@ def test_chat_reads_the_official_prompt(tok, modeling, impl):
     assert {len(case["history"]) for case in cases} == {0, 1, 2}
     for case in cases:
         for meta in [case["meta"], None if case["meta"] else case["meta"]]:  # "" is no system text
-            inputs = modeling._chat_inputs(tok, case["query"], case["history"], meta)
+            inputs = package.load("chat")._chat_inputs(tok, case["query"], case["history"], meta)
             assert inputs["input_ids"][0].tolist() == case["ids"] and case["ids"].count(1) == 1
 
 

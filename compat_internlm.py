@@ -1,0 +1,132 @@
+"""What differs between the supported versions of transformers, 4.57 to 5.24, and of torch.
+
+Each entry says from or until which version it is needed. An entry is chosen by version, never by trying.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import transformers
+from transformers.cache_utils import Cache
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as _ATTENTION_FUNCTIONS
+
+from .checks_internlm import explain_cache_error, warn_of_dropped_cache
+from .configuration_internlm import InternLMConfig
+
+
+_VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+
+if _VERSION >= (5, 2):  # until 5.1 one decorator, check_model_inputs, did both jobs
+    from transformers.utils.generic import merge_with_config_defaults
+    from transformers.utils.output_capturing import capture_outputs
+else:
+    from transformers.utils.generic import check_model_inputs as capture_outputs
+
+    def merge_with_config_defaults(func: Callable) -> Callable:
+        return func
+
+
+class _AttentionFunctions:
+    """get_interface, which came with 5.1."""
+
+    @staticmethod
+    def get_interface(name: str, default: Callable) -> Callable:
+        return default if name == "eager" else _ATTENTION_FUNCTIONS[name]
+
+
+ALL_ATTENTION_FUNCTIONS: Any = _ATTENTION_FUNCTIONS if _VERSION >= (5, 1) else _AttentionFunctions
+
+LM_HEAD_PLAN = "colwise_gather_output" if _VERSION >= (5, 1) else "colwise_rep"
+TIED_WEIGHTS: Any = {"lm_head.weight": "model.embed_tokens.weight"} if _VERSION >= (5, 0) else ["lm_head.weight"]
+# The library's name for a cache, as an argument and as a field of output classes. Until 5.23 `cache` was the name of
+# generate_batch's cache alone, which the attention functions updated; from 5.24 it is the name of every cache, and the
+# attention class updates generate_batch's, too.
+CACHE = "cache" if _VERSION >= (5, 24) else "past_key_values"
+# Until 5.3 a cache does not count its tokens, but needs their positions (cache_position) at every call.
+_CACHE_NEEDS_POSITIONS = _VERSION < (5, 4)
+_INPUTS_EMBEDS = "inputs_embeds" if _VERSION >= (5, 2) else "input_embeds"
+
+# torch.compiler.is_exporting came with torch 2.7.
+is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
+
+
+def causal_mask(
+    config: InternLMConfig,
+    inputs_embeds: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    cache: Cache | None,
+    position_ids: torch.Tensor,
+    cache_position: torch.Tensor,
+) -> Any:
+    """The library's causal mask, in the form that the configured attention function takes: a tensor, BlockMask, ..."""
+    renamed: dict[str, Any] = {_INPUTS_EMBEDS: inputs_embeds, CACHE: cache}
+    if _CACHE_NEEDS_POSITIONS:
+        renamed["cache_position"] = cache_position
+    return create_causal_mask(config=config, attention_mask=attention_mask, position_ids=position_ids, **renamed)
+
+
+def cache_length(cache: Cache, cache_position: torch.Tensor) -> int:
+    """K: the keys that `cache.update` will return for these new tokens (the whole buffer of a static cache)."""
+    new_tokens: Any = cache_position if _CACHE_NEEDS_POSITIONS else cache_position.shape[0]
+    return cache.get_mask_sizes(new_tokens, 0)[0]
+
+
+def resolve_cache(model: Any, past_key_values: Cache | None, cache: Any) -> Any:
+    """The cache, by whichever name it was passed; none where gradient checkpointing would fill it twice.
+
+    From 5.24 GradientCheckpointingLayer itself drops a `cache`; until 5.23 it knows the old name only.
+    """
+    cache = past_key_values if cache is None else cache
+    if cache is not None and model.gradient_checkpointing and model.training and torch.is_grad_enabled():
+        warn_of_dropped_cache()
+        return None
+    return cache
+
+
+def update_cache(
+    cache: Any,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    layer_idx: int,
+    cache_position: torch.Tensor,
+    attention_kwargs: dict[str, Any],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Append new keys and values, (B, H, Q, D), to a layer's cache and return all of them, (B, H, K, D).
+
+    Args:
+        cache: A library cache, or the engine-managed cache of generate_batch.
+        attention_kwargs: What the attention function gets; an engine-managed cache adds its own arguments to it.
+
+    Raises:
+        ValueError: The cache cannot take these tokens.
+    """
+    extra: dict[str, Any] = {}
+    if _VERSION >= (5, 24):
+        extra = {"kwargs": attention_kwargs}
+    elif not isinstance(cache, Cache):  # the attention function updates it
+        attention_kwargs["cache"] = cache
+        return keys, values
+    elif _CACHE_NEEDS_POSITIONS:
+        extra = {"cache_kwargs": {"cache_position": cache_position}}
+    try:
+        return cache.update(keys, values, layer_idx, **extra)
+    except (RuntimeError, IndexError) as error:
+        explain_cache_error(error)
+        raise
+
+
+__all__ = [
+    "ALL_ATTENTION_FUNCTIONS",
+    "CACHE",
+    "LM_HEAD_PLAN",
+    "TIED_WEIGHTS",
+    "cache_length",
+    "capture_outputs",
+    "causal_mask",
+    "is_exporting",
+    "merge_with_config_defaults",
+    "resolve_cache",
+    "update_cache",
+]
