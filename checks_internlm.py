@@ -25,13 +25,19 @@ _MAX_SENSIBLE_WINDOWS = 8
 # At a call
 
 
-def embed(embedding: nn.Embedding, input_ids: torch.Tensor) -> torch.Tensor:
-    """`embedding(input_ids)`, (B, Q) -> (B, Q, E), with errors that say what to do.
+def embed(embedding: nn.Embedding, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
+    """`embedding(input_ids)`, (B, Q) -> (B, Q, E), with errors that say what to do; or `inputs_embeds`, if passed.
 
     Raises:
+        ValueError: Neither or both of input_ids and inputs_embeds.
         IndexError: A token id is outside the vocabulary (on a CPU; a GPU does not check without a synchronisation).
         ValueError: The ids are on another device than the weights.
     """
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
+    if inputs_embeds is not None:
+        return inputs_embeds
+    assert input_ids is not None
     try:
         return embedding(input_ids)
     except IndexError as error:

@@ -17,6 +17,7 @@ from .configuration_internlm import InternLMConfig
 
 
 _VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+_TORCH_VERSION = tuple(int(part) for part in torch.__version__.split(".")[:2])
 
 if _VERSION >= (5, 2):  # until 5.1 one decorator, check_model_inputs, did both jobs
     from transformers.utils.generic import merge_with_config_defaults
@@ -48,8 +49,13 @@ CACHE = "cache" if _VERSION >= (5, 24) else "past_key_values"
 _CACHE_NEEDS_POSITIONS = _VERSION < (5, 4)
 _INPUTS_EMBEDS = "inputs_embeds" if _VERSION >= (5, 2) else "input_embeds"
 
-# torch.compiler.is_exporting came with torch 2.7.
-is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
+
+def is_compiling() -> bool:
+    """Whether torch.compile traces this call, to run it here and not to export it.
+
+    False until torch 2.6, which cannot tell an export (is_exporting came with 2.7).
+    """
+    return _TORCH_VERSION >= (2, 7) and torch.compiler.is_compiling() and not torch.compiler.is_exporting()
 
 
 def causal_mask(
@@ -125,7 +131,7 @@ __all__ = [
     "cache_length",
     "capture_outputs",
     "causal_mask",
-    "is_exporting",
+    "is_compiling",
     "merge_with_config_defaults",
     "resolve_cache",
     "update_cache",

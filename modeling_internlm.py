@@ -17,10 +17,12 @@ Shapes: B batch, Q new tokens, K keys including the new ones, H heads, D head_di
 import itertools
 import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.activations import ACT2FN
@@ -54,7 +56,7 @@ from .compat_internlm import (
     cache_length,
     capture_outputs,
     causal_mask,
-    is_exporting,
+    is_compiling,
     merge_with_config_defaults,
     resolve_cache,
     update_cache,
@@ -86,32 +88,39 @@ class InternLMRMSNorm(nn.Module):
         return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"
 
 
-class InternLMLinear(nn.Linear):
-    """nn.Linear, except that torch.compile gets the product of one token on a CPU written out.
+class WrittenOutProducts(TorchFunctionMode):
+    """Inside, the product of one token with a weight is written out for torch.compile on a CPU.
 
     The weight is all that such a product reads, and the CPU's math libraries read it with one core: inductor's own
-    loop, which uses all of them, takes half the time on two (benchmarks/cpu.py, "compiled").
+    loop, which uses all of them, takes half the time on two (benchmarks/cpu.py, "compiled"). A mode and not a subclass
+    of nn.Linear: bitsandbytes, GPTQ, HQQ and others quantise exactly nn.Linear, and skip subclasses in silence.
     """
 
-    def forward(self, states: torch.Tensor) -> torch.Tensor:
-        if torch.compiler.is_compiling() and self._is_one_token_on_cpu(states):
-            product = (states.float().unsqueeze(-2) * self.weight.float()).sum(-1)
-            return (product if self.bias is None else product + self.bias).to(states.dtype)
-        return nn.functional.linear(states, self.weight, self.bias)
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        # A quantised or sharded weight is a subclass of Parameter, with a product of its own.
+        if func is nn.functional.linear and type(args[1]) is nn.Parameter and is_one_token_on_cpu(args[0]):
+            states, weight, bias = (*args, None)[:3]
+            product = (states.float().unsqueeze(-2) * weight.float()).sum(-1)
+            return (product if bias is None else product + bias).to(states.dtype)
+        return func(*args, **(kwargs or {}))
 
-    def _is_one_token_on_cpu(self, states: torch.Tensor) -> bool:
-        # An export's number of tokens is asked last: the question would fix it. A quantised or sharded weight is a
-        # subclass of Parameter, with a product of its own.
-        plain = not is_exporting() and type(self.weight) is nn.Parameter
-        return plain and states.device.type == "cpu" and states.shape[:-1].numel() == 1
+
+def is_one_token_on_cpu(states: torch.Tensor) -> bool:
+    return states.device.type == "cpu" and states.shape[:-1].numel() == 1
+
+
+def written_out_products(states: torch.Tensor) -> AbstractContextManager:
+    """The context for linear layers on `states`, (B, Q, E)."""
+    # First whether it compiles: to ask for an export's number of tokens would fix it.
+    return WrittenOutProducts() if is_compiling() and is_one_token_on_cpu(states) else nullcontext()
 
 
 class InternLMMLP(nn.Module):
     def __init__(self, config: InternLMConfig) -> None:
         super().__init__()
-        self.gate_proj = InternLMLinear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = InternLMLinear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = InternLMLinear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -144,10 +153,10 @@ class InternLMAttention(nn.Module):
         self.num_key_value_groups = 1
         self.scaling = self.head_dim**-0.5
         self.is_causal = True
-        self.q_proj = InternLMLinear(config.hidden_size, config.hidden_size, bias=config.bias)
-        self.k_proj = InternLMLinear(config.hidden_size, config.hidden_size, bias=config.bias)
-        self.v_proj = InternLMLinear(config.hidden_size, config.hidden_size, bias=config.bias)
-        self.o_proj = InternLMLinear(config.hidden_size, config.hidden_size, bias=config.bias)
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.bias)
+        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.bias)
+        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.bias)
+        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.bias)
 
     def forward(
         self,
@@ -280,11 +289,7 @@ class InternLMModel(InternLMPreTrainedModel):
         Raises:
             ValueError: Neither or both of input_ids and inputs_embeds; shapes that do not fit (checks_internlm.py).
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
-        if input_ids is not None:
-            inputs_embeds = embed(self.embed_tokens, input_ids)
-        assert inputs_embeds is not None
+        inputs_embeds = embed(self.embed_tokens, input_ids, inputs_embeds)
         cache = resolve_cache(self, past_key_values, cache)
         num_layers = self.config.num_hidden_layers  # fewer than there are in early-exit decoding
         check_inputs(inputs_embeds, attention_mask, position_ids, cache, num_layers, len(self.layers))
@@ -305,16 +310,17 @@ class InternLMModel(InternLMPreTrainedModel):
         attn_implementation = self.config._attn_implementation
 
         hidden_states = inputs_embeds
-        for layer in itertools.islice(self.layers, num_layers):
-            hidden_states = layer(
-                hidden_states,
-                attention_mask=mask,
-                position_ids=position_ids,
-                position_embeddings=position_embeddings,
-                attn_implementation=attn_implementation,
-                cache=cache,
-                **kwargs,
-            )
+        with written_out_products(hidden_states):
+            for layer in itertools.islice(self.layers, num_layers):
+                hidden_states = layer(
+                    hidden_states,
+                    attention_mask=mask,
+                    position_ids=position_ids,
+                    position_embeddings=position_embeddings,
+                    attn_implementation=attn_implementation,
+                    cache=cache,
+                    **kwargs,
+                )
         with_cache: dict[str, Any] = {CACHE: own_cache}
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **with_cache)
 
@@ -386,7 +392,7 @@ class InternLMForCausalLM(InternLMPreTrainedModel, InternLMChatMixin, Generation
         super().__init__(config)
         self.model = InternLMModel(config)
         self.vocab_size = config.vocab_size
-        self.lm_head = InternLMLinear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
     @can_return_tuple
@@ -421,7 +427,9 @@ class InternLMForCausalLM(InternLMPreTrainedModel, InternLMChatMixin, Generation
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        hidden_states = outputs.last_hidden_state[:, kept]
+        with written_out_products(hidden_states):
+            logits = self.lm_head(hidden_states)
         loss = None
         if labels is not None:
             loss = chunked_loss(self.loss_function, logits, labels, self.config.vocab_size, **kwargs)

@@ -18,6 +18,7 @@ THIRD_PARTY = {"torch", "transformers", "tokenizers", "sentencepiece"}
 # Of the standard library, what they use: nothing that runs programs, reaches the network or loads code.
 STANDARD = {
     "collections",
+    "contextlib",
     "copy",
     "dataclasses",
     "functools",
