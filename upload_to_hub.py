@@ -27,7 +27,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tools import hub_errors as errors
+from tools.hub import errors
 
 
 # Before the imports that need them; httpx2 is what tells a huggingface_hub that is recent enough.
@@ -36,10 +36,10 @@ if __name__ == "__main__" and (missing := [name for name in NEEDED if importlib.
     print(f"upload_to_hub.py: {', '.join(missing)} missing: pip install -r requirements.txt", file=sys.stderr)
     sys.exit(errors.InputError.code)
 
-from tools.convert_files import ConversionError  # noqa: E402
-from tools.hub_assemble import Assembly, assemble  # noqa: E402
-from tools.hub_check import check_files, check_loading  # noqa: E402
-from tools.hub_variant import variants  # noqa: E402
+from tools.convert.files import ConversionError  # noqa: E402
+from tools.hub.assemble import Assembly, assemble  # noqa: E402
+from tools.hub.check import check_files, check_loading  # noqa: E402
+from tools.hub.variant import variants  # noqa: E402
 
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ def _log_in(arguments: argparse.Namespace) -> tuple["HfApi", str]:
     from huggingface_hub import HfApi
     from huggingface_hub.utils import validate_repo_id
 
-    from tools.hub_push import look
+    from tools.hub.push import look
 
     api = HfApi()
     user = api.whoami()
@@ -160,7 +160,7 @@ def _confirm(target: Any, arguments: argparse.Namespace) -> None:
 
 def _upload(arguments: argparse.Namespace) -> None:
     """All five steps."""
-    from tools import hub_push
+    from tools.hub import push as hub_push
 
     api, repo_id = _log_in(arguments)
     made, heard = _assemble(arguments, repo_id)

@@ -174,7 +174,7 @@ def test_one_weight_that_is_no_number_is_refused(number, name, folder):
 
 def test_the_tool_sees_a_weight_that_is_no_number(folder):
     """It looks into the files, also at what a loaded model has quantised or offloaded."""
-    from tools.hub_check import LocalCheckFailed, check_loading
+    from tools.hub.check import LocalCheckFailed, check_loading
 
     edit(folder, lambda state: state[NORM].fill_(float("nan")))
     with pytest.raises(LocalCheckFailed, match=NORM):
@@ -195,8 +195,8 @@ def test_large_numbers_are_numbers(folder):
 
 def test_an_index_that_leads_out_of_its_folder(folder, tmp_path, modeling):
     """transformers would follow it; neither loading nor the tool that assembles a folder does."""
-    from tools.convert_files import ConversionError
-    from tools.convert_hub import safetensors_files
+    from tools.convert.files import ConversionError
+    from tools.convert.checkpoint import safetensors_files
 
     shutil.copy(folder / WEIGHTS, tmp_path / "outside.safetensors")
     for place in ("../outside.safetensors", str(tmp_path / "outside.safetensors"), "..\\outside.safetensors"):

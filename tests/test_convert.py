@@ -21,7 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from tools.convert_checkpoint import ConversionError, main, pickles_to_safetensors
-from tools.convert_files import expected_shapes
+from tools.convert.files import expected_shapes
 
 from support.checkpoints import (
     GOLDEN,
@@ -360,7 +360,7 @@ def test_too_small_a_disk_is_refused_before_writing(tmp_path, monkeypatch):
     """The free space is asked for first: 40 GB are not written for an hour only to fail."""
     old = old_checkpoint(tmp_path / "old")
     usage = type("usage", (), {"free": 1000})
-    monkeypatch.setattr("tools.convert_files.shutil.disk_usage", lambda path: usage)
+    monkeypatch.setattr("tools.convert.files.shutil.disk_usage", lambda path: usage)
     with pytest.raises(ConversionError, match="0.00 GB free"):
         pickles_to_safetensors(old, tmp_path / "new", progress=False)
     assert not tree(tmp_path / "new")
@@ -621,7 +621,7 @@ def test_llama_copy_with_a_fixed_context(factor, tmp_path, modeling, configurati
 
 @pytest.mark.parametrize(("context", "base"), [(None, 10000.0), (4096, 10000.0), (8192, 20221.3), (16384, 40889.9)])
 def test_the_base_of_the_20b(context, base):
-    from tools.convert_llama import llama_config
+    from tools.convert.llama import llama_config
 
     settings = llama_config(json.loads((ROOT / "config.json").read_text()), context)
     assert settings["rope_theta"] == pytest.approx(base, abs=0.05)
@@ -737,8 +737,8 @@ def test_llama_copy_needs_its_own_folder_and_a_tokenizer(tmp_path, capsys):
 
 def test_the_check_finds_a_wrong_type(tmp_path):
     """bfloat16's bits under float16's name are finite, and of the right shape."""
-    from tools.convert_check import check_files
-    from tools.convert_hub import pickled_tensors
+    from tools.convert.check import check_files
+    from tools.convert.checkpoint import pickled_tensors
 
     old, config = old_checkpoint(tmp_path / "old"), official_config(SEVEN)
     pickles_to_safetensors(old, tmp_path / "new", progress=False)
@@ -750,7 +750,7 @@ def test_the_check_finds_a_wrong_type(tmp_path):
 
 def test_the_check_finds_wrong_logits(tmp_path, modeling):
     """Two models that differ in one norm do not pass as equal."""
-    from tools.convert_check import check_logits
+    from tools.convert.check import check_logits
 
     hub = hub_folder(tmp_path / "hub", TWENTY)
     right = modeling.InternLMForCausalLM.from_pretrained(hub)
@@ -762,6 +762,6 @@ def test_the_check_finds_wrong_logits(tmp_path, modeling):
 
 
 def test_the_check_says_why_it_was_skipped(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("tools.convert_check._available_memory", lambda: 1000)
+    monkeypatch.setattr("tools.convert.check._available_memory", lambda: 1000)
     assert run("safetensors", old_checkpoint(tmp_path / "old"), tmp_path / "new") == 0
     assert "logits not compared: a model needs" in capsys.readouterr().out

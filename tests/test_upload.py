@@ -24,12 +24,12 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 import upload_to_hub
-from tools import hub_errors
-from tools.convert_files import ConversionError, Tensor, expected_shapes, write_shards
-from tools.hub_assemble import SMALL_FILES, assemble
-from tools.hub_card import fill_in_card
-from tools.hub_check import _check_finite, check_files, check_loading
-from tools.hub_variant import (
+from tools.hub import errors as hub_errors
+from tools.convert.files import ConversionError, Tensor, expected_shapes, write_shards
+from tools.hub.assemble import SMALL_FILES, assemble
+from tools.hub.card import fill_in_card
+from tools.hub.check import _check_finite, check_files, check_loading
+from tools.hub.variant import (
     config_json,
     detect,
     generation_json,

@@ -19,7 +19,7 @@ from typing import Any
 if __package__ in (None, ""):  # started as a script: the folder above holds the package `tools`
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tools.convert_files import (
+from tools.convert.files import (
     DEFAULT_SHARD_BYTES,
     ConversionError,
     Tensor,
@@ -30,7 +30,7 @@ from tools.convert_files import (
     write_json,
     write_shards,
 )
-from tools.convert_hub import pickles_to_safetensors, plan_pickles
+from tools.convert.checkpoint import pickles_to_safetensors, plan_pickles
 
 
 __all__ = ["ConversionError", "main", "pickles_to_safetensors"]
@@ -66,7 +66,7 @@ def _copy_small_files(source: Path, target: Path) -> None:
 
 
 def _internlm_loader(folder: Path, config: Any = None, **settings: Any) -> Callable:
-    from tools.convert_check import internlm
+    from tools.convert.check import internlm
 
     model = internlm("modeling").InternLMForCausalLM
     return lambda dtype: model.from_pretrained(folder, config=config, dtype=dtype, **settings)
@@ -74,7 +74,7 @@ def _internlm_loader(folder: Path, config: Any = None, **settings: Any) -> Calla
 
 def _report(tensors: list[Tensor], config: dict[str, Any], loaders: list[Callable], args: argparse.Namespace) -> None:
     """Check what was written, and say so. The models are imported only here: planning needs none of them."""
-    from tools.convert_check import check_files, check_logits
+    from tools.convert.check import check_files, check_logits
 
     folder = args.target
     print(f"{folder}: {check_files(folder, config, tensors)}")
@@ -98,7 +98,7 @@ def convert_safetensors(args: argparse.Namespace) -> None:
 def convert_training(args: argparse.Namespace) -> None:
     import torch
 
-    from tools.convert_training import training_config, training_tensors
+    from tools.convert.training import training_config, training_tensors
 
     if (args.window is None) == (args.config is None):
         raise ConversionError("Give one of --window and --config: the shards do not say how long a sequence was.")
@@ -118,7 +118,7 @@ def convert_training(args: argparse.Namespace) -> None:
 def convert_llama(args: argparse.Namespace) -> None:
     from transformers import LlamaForCausalLM
 
-    from tools import convert_llama as llama
+    from tools.convert import llama
 
     if args.source.resolve() == args.target.resolve():
         raise ConversionError("The Llama copy needs a folder of its own: choose another target.")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from tools.convert_files import (
+from tools.convert.files import (
     DEFAULT_SHARD_BYTES,
     INDEX_NAME,
     SINGLE_NAME,

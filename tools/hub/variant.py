@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from tools import package
-from tools.convert_files import read_json
-from tools.hub_errors import InputError
+from tools.convert.files import read_json
+from tools.hub.errors import InputError
 
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 TINY = "internlm-tiny"  # the demonstration model: its config.json lies beside its weights, in checkpoints/tiny
 OFFICIAL_TOKENIZER = "aab622d98c98677a1a51f969e25765154487bf3e85c7819db105db2fcacba83f"
 

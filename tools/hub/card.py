@@ -7,7 +7,7 @@ not uploaded become plain text.
 import re
 from typing import Any
 
-from tools.hub_variant import TINY
+from tools.hub.variant import TINY
 
 
 # Headings in README.md, English and Chinese, by whom they concern; a section that is named nowhere concerns everybody.

@@ -14,8 +14,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from tools.convert_check import internlm
-from tools.convert_files import (
+from tools.convert.check import internlm
+from tools.convert.files import (
     INDEX_NAME,
     ConversionError,
     Tensor,
@@ -23,7 +23,7 @@ from tools.convert_files import (
     check_shapes,
     write_file,
 )
-from tools.convert_hub import DROPPED, has_safetensors, pickled_tensors, safetensors_files
+from tools.convert.checkpoint import DROPPED, has_safetensors, pickled_tensors, safetensors_files
 
 
 _KEPT = (

@@ -13,7 +13,7 @@ from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, Revi
 from huggingface_hub.hf_api import RepoFile
 from tqdm import tqdm
 
-from tools.hub_errors import NameTaken, RemoteCheckFailed, TargetMoved
+from tools.hub.errors import NameTaken, RemoteCheckFailed, TargetMoved
 
 
 TOOL = "upload_to_hub.py"  # in the title of every commit that this tool makes: so it knows its own repositories

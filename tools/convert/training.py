@@ -19,11 +19,11 @@ from typing import Any
 
 import torch
 
-from tools.convert_files import ConversionError, Tensor, read_json
-from tools.convert_hub import load_pickle, load_untrusted
+from tools.convert.files import ConversionError, Tensor, read_json
+from tools.convert.checkpoint import load_pickle, load_untrusted
 
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 _FILE = re.compile(r"model_tp(\d+)_pp(\d+)\.pt")
 # With interleaved pipelining a stage holds several chunks of the model, whose number leads the name.

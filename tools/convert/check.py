@@ -10,11 +10,11 @@ from typing import Any
 import torch
 import transformers
 
-from tools.convert_files import ConversionError, Tensor, check_finite, check_shapes
-from tools.convert_hub import safetensors_files
+from tools.convert.files import ConversionError, Tensor, check_finite, check_shapes
+from tools.convert.checkpoint import safetensors_files
 
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 # Relative to the largest logit. Two implementations round differently; the same one does not.
 _TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}

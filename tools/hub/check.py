@@ -17,9 +17,9 @@ from typing import Any
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from tools.hub_errors import LocalCheckFailed
+from tools.hub.errors import LocalCheckFailed
 
 
 # What the uploaded modules may import (and each other, relatively); transformers asks users to install all of it.
@@ -35,10 +35,10 @@ def check_files(folder: Path) -> None:
         LocalCheckFailed: Something is wrong; the message names the file.
         ConversionError: The weights are damaged or do not fit config.json.
     """
-    from tools.convert_files import check_shapes, read_json
-    from tools.convert_hub import safetensors_files
-    from tools.hub_assemble import MODULES, SMALL_FILES, allowed
-    from tools.hub_variant import is_lfs_pointer
+    from tools.convert.files import check_shapes, read_json
+    from tools.convert.checkpoint import safetensors_files
+    from tools.hub.assemble import MODULES, SMALL_FILES, allowed
+    from tools.hub.variant import is_lfs_pointer
 
     names = {path.name for path in folder.iterdir()}
     if foreign := sorted(name for name in names if not allowed(name)):
@@ -126,7 +126,7 @@ def _check_finite(folder: Path) -> None:
     """Read every tensor once, one at a time."""
     from tqdm import tqdm
 
-    from tools.convert_hub import safetensors_files
+    from tools.convert.checkpoint import safetensors_files
 
     tensors = [tensor for content in safetensors_files(folder).values() for tensor in content]
     for tensor in tqdm(tensors, desc="finite", unit="tensor", leave=False):
