@@ -37,7 +37,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import upload_to_hub
 from tools import convert_checkpoint, package
-from tools.convert.files import expected_shapes
+from tools.convert.tensors import expected_shapes
 
 from support.checkpoints import pickled_checkpoint
 from support.paths import GOLDEN, TINY

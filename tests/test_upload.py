@@ -25,7 +25,9 @@ from safetensors.torch import load_file, save_file
 
 import upload_to_hub
 from tools.hub import errors as hub_errors
-from tools.convert.files import ConversionError, Tensor, expected_shapes, write_shards
+from tools.convert.files import ConversionError
+from tools.convert.shards import write_shards
+from tools.convert.tensors import Tensor, expected_shapes
 from tools.hub.assemble import SMALL_FILES, assemble
 from tools.hub.card import fill_in_card
 from tools.hub.check import _check_finite, check_files, check_loading

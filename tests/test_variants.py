@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tools.convert.files import expected_shapes
+from tools.convert.tensors import expected_shapes
 
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -1,7 +1,5 @@
 """Checkpoints in the Hub's layout, read without building a model: pickled or safetensors, sharded or not."""
 
-import pickle
-import re
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -9,69 +7,28 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from tools.convert.files import (
-    DEFAULT_SHARD_BYTES,
-    INDEX_NAME,
-    SINGLE_NAME,
-    ConversionError,
-    Tensor,
-    check_shapes,
-    read_json,
-    write_shards,
-)
+from tools.convert.files import ConversionError, check_not_lfs_pointer, read_json, write_file
+from tools.convert.pickles import damaged, load_pickle, missing
+from tools.convert.shards import DEFAULT_SHARD_BYTES, DTYPES, INDEX_NAME, SINGLE_NAME, write_shards
+from tools.convert.tensors import Tensor, check_shapes, parameters
 
 
 PICKLE_INDEX_NAME = "pytorch_model.bin.index.json"
 PICKLE_NAME = "pytorch_model.bin"
 
-# Some 7B checkpoints hold the rotary frequencies, rounded to half precision; every reader computes them itself.
-DROPPED = re.compile(r"rotary_emb\.inv_freq$")
-_SAFETENSORS_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-
-# What PyTorch's restricted reader says of a pickle that names a function or class beyond tensors and containers.
-_FOREIGN_CODE = re.compile(r"Unsupported (global|class)|GLOBAL|Can only|Trying to")
-
-
-def load_pickle(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a PyTorch file, mapped rather than read, by a reader that runs no code of the file.
-
-    Raises:
-        ConversionError: The file is missing, damaged, a Git LFS pointer, tries to run code, or holds something else.
-    """
-    content = load_untrusted(path)
-    if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
-        raise ConversionError(f"{path} does not hold a plain dictionary of tensors; it is not a model's weights.")
-    return {str(name): value.detach() for name, value in content.items()}
+# The settings and the tokenizer, beside the weights.
+SMALL_FILES = (
+    *("config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json"),
+    *("chat_template.jinja", "tokenizer.model"),
+)
 
 
-def load_untrusted(path: Path) -> object:
-    """Whatever a PyTorch file holds, if it is data only. Raises `ConversionError` as `load_pickle` does."""
-    if not path.is_file():
-        raise ConversionError(f"{path} is missing; fetch it again, and with it the whole folder.")
-    with open(path, "rb") as file:
-        start = file.read(40)
-    if start.startswith(b"version https://git-lfs"):
-        raise ConversionError(f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull` in its folder.")
-    try:
-        # Only the zip format, PyTorch's since 1.6, can be mapped; an older file is read into memory.
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=start.startswith(b"PK"))
-    except pickle.UnpicklingError as error:
-        if _FOREIGN_CODE.search(str(error)) is None:
-            raise _damaged(path, error) from error
-        raise ConversionError(
-            f"{path} asks for code to be run when it is read, and was not read: weights have no need to. "
-            "Get them from a source that you trust."
-        ) from error
-    except Exception as error:  # damaged bytes make the reader fail in every way there is
-        raise _damaged(path, error) from error
+def has_pickles(folder: Path) -> bool:
+    return (folder / PICKLE_INDEX_NAME).is_file() or (folder / PICKLE_NAME).is_file()
 
 
-def _damaged(path: Path, error: Exception) -> ConversionError:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0][:100]
-    reason = reason.replace("Weights only load failed", "no readable pickle")
-    return ConversionError(
-        f"{path} ({path.stat().st_size:,} bytes) is truncated or not a weight file ({reason}); fetch it again."
-    )
+def has_safetensors(folder: Path) -> bool:
+    return (folder / INDEX_NAME).is_file() or (folder / SINGLE_NAME).is_file()
 
 
 def _listed_files(folder: Path, index_name: str, single_name: str) -> dict[str, set[str] | None]:
@@ -98,7 +55,7 @@ def _check_index(path: Path, held: set[str], listed: set[str] | None) -> None:
         return
     if lacking := sorted(listed - held):
         raise ConversionError(f"{path} lacks {lacking[0]}, which the index places there; fetch both again.")
-    raise ConversionError(f"{path} holds {sorted(held - listed)[0]}, which the index does not name; fetch both again.")
+    raise ConversionError(f"{path} holds {sorted(held - listed)[0]}, which the index does not list; fetch both again.")
 
 
 def _unique(tensors: list[Tensor]) -> list[Tensor]:
@@ -111,10 +68,10 @@ def _unique(tensors: list[Tensor]) -> list[Tensor]:
 
 
 def pickled_tensors(folder: Path) -> list[Tensor]:
-    """The tensors of a folder of pickled shards, in the order of the files; one file is mapped at a time.
+    """The parameters in a folder of pickled shards, in the order of the files; one file is mapped at a time.
 
     Raises:
-        ConversionError: See `load_pickle`; also an index that does not fit its files.
+        ConversionError: See `load_pickle`; also an index that does not match its files.
     """
     open_file = lru_cache(maxsize=1)(load_pickle)
     tensors = []
@@ -123,10 +80,9 @@ def pickled_tensors(folder: Path) -> list[Tensor]:
         state = open_file(path)
         _check_index(path, set(state), listed)
         for name, value in state.items():
-            if not DROPPED.search(name):
-                read = partial(lambda path, name: open_file(path)[name], path, name)
-                tensors.append(Tensor(name, tuple(value.shape), value.dtype, read))
-    return _unique(tensors)
+            read = partial(lambda path, name: open_file(path)[name], path, name)
+            tensors.append(Tensor(name, tuple(value.shape), value.dtype, read))
+    return _unique(parameters(tensors))
 
 
 def safetensors_files(folder: Path) -> dict[Path, list[Tensor]]:
@@ -135,16 +91,22 @@ def safetensors_files(folder: Path) -> dict[Path, list[Tensor]]:
     for file, listed in _listed_files(folder, INDEX_NAME, SINGLE_NAME).items():
         path = folder / file
         if not path.is_file():
-            raise ConversionError(f"{path} is missing; fetch it again, and with it the whole folder.")
+            raise missing(path)
+        check_not_lfs_pointer(path)
         try:
             with safe_open(path, "pt") as shard:
                 names = list(shard.keys())
                 _check_index(path, set(names), listed)
                 files[path] = [_safetensor(path, name, shard.get_slice(name)) for name in names]
         except (SafetensorError, OSError) as error:
-            raise _damaged(path, error) from error
+            raise damaged(path, error) from error
     _unique([tensor for tensors in files.values() for tensor in tensors])
     return files
+
+
+def safetensors_tensors(folder: Path) -> list[Tensor]:
+    """The tensors of `safetensors_files`, without the files."""
+    return [tensor for tensors in safetensors_files(folder).values() for tensor in tensors]
 
 
 def _safetensor(path: Path, name: str, view: Any) -> Tensor:
@@ -153,43 +115,12 @@ def _safetensor(path: Path, name: str, view: Any) -> Tensor:
             with safe_open(path, "pt") as shard:
                 return shard.get_tensor(name)
         except (SafetensorError, OSError) as error:
-            raise _damaged(path, error) from error
+            raise damaged(path, error) from error
 
-    dtype = _SAFETENSORS_DTYPES.get(view.get_dtype())
+    dtype = DTYPES.get(view.get_dtype())
     if dtype is None:
         raise ConversionError(f"{name} in {path} is {view.get_dtype()}; a checkpoint holds F32, F16 or BF16.")
     return Tensor(name, tuple(view.get_shape()), dtype, read)
-
-
-def has_pickles(folder: Path) -> bool:
-    return (folder / PICKLE_INDEX_NAME).is_file() or (folder / PICKLE_NAME).is_file()
-
-
-def has_safetensors(folder: Path) -> bool:
-    return (folder / INDEX_NAME).is_file() or (folder / SINGLE_NAME).is_file()
-
-
-def pickles_to_safetensors(
-    source: Path, target: Path, max_shard_bytes: int = DEFAULT_SHARD_BYTES, progress: bool = True
-) -> list[Path]:
-    """Write a folder of pickled shards as safetensors; the same call after an interruption goes on.
-
-    Stored rotary frequencies are dropped. Where the source has a config.json, names and shapes must fit it.
-
-    Args:
-        source: Folder with pytorch_model.bin, or with pytorch_model.bin.index.json and its shards. Never written to,
-            unless it is the target too.
-        target: Folder for model.safetensors, or model-0000N-of-0000M.safetensors and model.safetensors.index.json.
-        max_shard_bytes: Largest size of the tensors in one file.
-        progress: Show a progress bar on stderr.
-
-    Returns:
-        The weight files, without the index.
-
-    Raises:
-        ConversionError: The source is damaged, inconsistent or hostile, or the target cannot take it.
-    """
-    return write_shards(plan_pickles(Path(source)), Path(target), max_shard_bytes, progress)
 
 
 def plan_pickles(source: Path) -> list[Tensor]:
@@ -198,3 +129,34 @@ def plan_pickles(source: Path) -> list[Tensor]:
     if (source / "config.json").is_file():
         check_shapes(tensors, read_json(source / "config.json"))
     return tensors
+
+
+def pickles_to_safetensors(
+    source: Path, target: Path, max_shard_bytes: int = DEFAULT_SHARD_BYTES, progress: bool = True
+) -> list[Path]:
+    """Write a folder of pickled shards as safetensors; after an interruption, the same call resumes.
+
+    Stored inv_freq is dropped. Where the source has a config.json, names and shapes must match it.
+
+    Args:
+        source: Folder with pytorch_model.bin, or with pytorch_model.bin.index.json and its shards. Never written to,
+            unless it is the target too.
+        target: Folder for model.safetensors, or model-0000N-of-0000M.safetensors and model.safetensors.index.json.
+        max_shard_bytes: Maximum size of the tensors in one file.
+        progress: Whether to show a progress bar on stderr.
+
+    Returns:
+        The weight files, without the index.
+
+    Raises:
+        ConversionError: The source is damaged, inconsistent or hostile, or the target cannot be written.
+    """
+    return write_shards(plan_pickles(Path(source)), Path(target), max_shard_bytes, progress)
+
+
+def copy_small_files(source: Path, target: Path) -> None:
+    """Copy the settings and the tokenizer to converted weights, so that upload_to_hub.py can assemble the folder."""
+    if source.resolve() != target.resolve():
+        for name in SMALL_FILES:
+            if (source / name).is_file():
+                write_file(target / name, [(source / name).read_bytes()])

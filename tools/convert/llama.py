@@ -1,29 +1,30 @@
 """A copy in the plain Llama layout, for engines that take no remote code.
 
-InternLM v1 is Llama with biases that one switch turns on or off, under the same names, so the weights are linked as
-they are, and only config.json and the tokenizer's files change. What Llama has not is dynamic NTK: beyond the trained
-window an engine needs a fixed base, which `--context` writes.
+InternLM v1 is Llama with optional attention biases, under the same names, so the weights are linked unchanged, and
+only config.json and the tokenizer's files differ. Llama does not have dynamic NTK: beyond the trained window an engine
+needs a fixed base, which `--context` writes.
 """
 
-import json
-import os
-from collections.abc import Iterator
-from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from tools.convert.check import internlm
+from tools import package
+from tools.convert.checkpoint import has_safetensors, pickled_tensors, safetensors_files
 from tools.convert.files import (
-    INDEX_NAME,
     ConversionError,
-    Tensor,
-    check_finite,
-    check_shapes,
+    copy_file,
+    json_bytes,
+    link_or_copy,
+    read_chunks,
+    read_json,
     write_file,
+    write_json,
 )
-from tools.convert.checkpoint import DROPPED, has_safetensors, pickled_tensors, safetensors_files
+from tools.convert.shards import INDEX_NAME, plan_shards, write_shards
+from tools.convert.tensors import Tensor, check_finite, check_shapes, dtype_name, parameters, total_bytes
 
 
 _KEPT = (
@@ -45,16 +46,16 @@ def llama_config(settings: dict[str, Any], context: int | None = None) -> dict[s
 
     Args:
         settings: An InternLM config.json, of any dialect.
-        context: Tokens to serve. Beyond the trained window, the base is fixed to what dynamic NTK would use at this
-            length, and is used at every length. None: the trained window.
+        context: Tokens to serve. Beyond the trained window, the base is fixed to dynamic NTK's at this length, and is
+            used at every length. None: the trained window.
 
     Raises:
         ConversionError: The settings are not a valid InternLM configuration, or context is not positive.
     """
     if settings.get("model_type", "internlm") != "internlm":
-        raise ConversionError(f"config.json is of a {settings['model_type']!r} model; only internlm can be converted.")
+        raise ConversionError(f"config.json is a {settings['model_type']!r} model's; only internlm can be converted.")
     try:
-        config = internlm("configuration").InternLMConfig(**settings)
+        config = package.load("configuration").InternLMConfig(**settings)
     except (ValueError, TypeError) as error:
         raise ConversionError(str(error)) from error
     if context is not None and context < 1:
@@ -74,77 +75,128 @@ def llama_config(settings: dict[str, Any], context: int | None = None) -> dict[s
     }
 
 
-def _pieces(path: Path) -> Iterator[bytes]:
-    with open(path, "rb") as file:
-        while piece := file.read(1 << 26):
-            yield piece
-
-
-def _link(source: Path, target: Path, copy: bool) -> None:
-    """Give a file a second name, or copy it where that cannot be done (another disk, Windows without rights)."""
-    if target.exists() and target.samefile(source):
-        return
-    if not copy and not target.exists():
-        with suppress(OSError):
-            os.link(source.resolve(), target)  # a Hub cache holds symbolic links: link the file itself
-            return
-    write_file(target, _pieces(source))
-
-
-def plan_weights(source: Path, config: dict[str, Any]) -> dict[Path, list[Tensor]] | list[Tensor]:
-    """What the copy's weights will be, compared with a config.json.
+def _plan_weights(source: Path, config: dict[str, Any]) -> dict[Path, list[Tensor]] | list[Tensor]:
+    """The copy's weights, compared with a config.json.
 
     Returns:
-        Files to link, with what each holds; or tensors to write anew, where the source is pickled or also holds rotary
-        frequencies, which engines refuse.
+        Files to link, with their tensors; or tensors to write to new files, where the source is pickled or also holds
+        stored inv_freq, which engines refuse.
     """
-    if not has_safetensors(source):
-        tensors = pickled_tensors(source)
-        check_shapes(tensors, config)
-        return tensors
-    files = safetensors_files(source)
-    held = [tensor for tensors in files.values() for tensor in tensors]
-    wanted = [tensor for tensor in held if not DROPPED.search(tensor.name)]
-    check_shapes(wanted, config)
-    return files if len(wanted) == len(held) else wanted
+    files = safetensors_files(source) if has_safetensors(source) else {}
+    stored = [tensor for tensors in files.values() for tensor in tensors]
+    tensors = parameters(stored) if files else pickled_tensors(source)
+    check_shapes(tensors, config)
+    return files if files and len(tensors) == len(stored) else tensors
 
 
-def link_weights(files: dict[Path, list[Tensor]], target: Path, copy: bool, progress: bool) -> None:
-    """Link, or copy, safetensors files and their index into a folder, after a look at every value.
+def _link_weights(files: dict[Path, list[Tensor]], target: Path, copy: bool, progress: bool) -> None:
+    """Link, or copy, safetensors files and their index into a folder, after a check of every value.
 
     Raises:
-        ConversionError: Values that are not finite, a full disk, or a file in the way.
+        ConversionError: Values that are not finite, a full disk, or another file of the same name.
     """
     target.mkdir(parents=True, exist_ok=True)
-    total = sum(tensor.nbytes for held in files.values() for tensor in held)
+    total = sum(total_bytes(tensors) for tensors in files.values())
     with tqdm(total=total, unit="B", unit_scale=True, disable=not progress) as bar:
-        for path, held in files.items():
+        for path, tensors in files.items():
             bar.set_description(path.name)
-            for tensor in held:
+            for tensor in tensors:
                 check_finite(tensor.name, tensor.read())
                 bar.update(tensor.nbytes)
             _link(path, target / path.name, copy)
     index = next(iter(files)).with_name(INDEX_NAME)
     if index.is_file():
-        write_file(target / INDEX_NAME, _pieces(index))
+        write_file(target / INDEX_NAME, [index.read_bytes()])
+
+
+def _link(source: Path, target: Path, copy: bool) -> None:
+    if not target.exists():
+        (copy_file if copy else link_or_copy)(source, target)
+    elif not target.samefile(source):
+        write_file(target, read_chunks(source))  # compares them
+
+
+@dataclass
+class LlamaCopy:
+    """A copy that is planned, but not written."""
+
+    settings: dict[str, Any]  # the source's config.json
+    config: dict[str, Any]  # the copy's
+    files: dict[str, bytes]  # the tokenizer, and generation_config.json
+    weights: dict[Path, list[Tensor]] | list[Tensor]  # files to link, or tensors to write to new files
+    notes: list[str]  # what the user should know, one line each
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        if isinstance(self.weights, list):
+            return self.weights
+        return [tensor for tensors in self.weights.values() for tensor in tensors]
+
+    def shards(self, max_shard_bytes: int) -> dict[str, list[Tensor]]:
+        """The copy's weight files by name."""
+        if isinstance(self.weights, list):
+            return plan_shards(self.weights, max_shard_bytes)
+        return {path.name: tensors for path, tensors in self.weights.items()}
+
+    def write(self, target: Path, copy: bool, max_shard_bytes: int, progress: bool) -> None:
+        """Write the copy; after an interruption, the same call resumes."""
+        if isinstance(self.weights, list):
+            write_shards(self.weights, target, max_shard_bytes, progress)
+        else:
+            _link_weights(self.weights, target, copy, progress)
+        for name, content in self.files.items():
+            write_file(target / name, [content])
+        write_json(target / "config.json", self.config)  # last: without it the folder is not a model
+
+    def internlm_config(self) -> Any:
+        """The InternLMConfig with which the source must give the copy's logits: the copy's window and fixed base."""
+        settings = {key: value for key, value in self.settings.items() if not key.startswith("rope_")}
+        settings["rotary"] = {"type": "origin", "base": self.config["rope_theta"]}
+        settings["max_position_embeddings"] = self.config["max_position_embeddings"]
+        return package.load("configuration").InternLMConfig(**settings)
+
+
+def plan_llama(source: Path, context: int | None = None, tokenizer: bool = True) -> LlamaCopy:
+    """Plan a folder's copy as a LlamaForCausalLM.
+
+    Args:
+        source: Folder with config.json and weights.
+        context: See `llama_config`.
+        tokenizer: Whether the copy gets a tokenizer.
+
+    Raises:
+        ConversionError: The source is damaged, inconsistent or not InternLM v1.
+    """
+    settings = read_json(source / "config.json")
+    config = llama_config(settings, context)
+    files = llama_tokenizer(source) if tokenizer else {}
+    notes = [
+        f"window {config['max_position_embeddings']} tokens, base {config['rope_theta']:.1f}",
+        "tokenizer: " + (", ".join(files) or "none, as requested"),
+    ]
+    if (source / "generation_config.json").is_file():
+        files["generation_config.json"] = (source / "generation_config.json").read_bytes()
+    made = LlamaCopy(settings, config, files, _plan_weights(source, config), notes)
+    config["torch_dtype"] = dtype_name(made.tensors[0].dtype)  # the name that every version reads
+    return made
 
 
 def llama_tokenizer(source: Path) -> dict[str, bytes]:
     """The tokenizer's files, by name, in the form that transformers reads without remote code.
 
     Args:
-        source: Folder with tokenizer.model, and its tokenizer_config.json if there is one.
+        source: Folder with tokenizer.model and, optionally, tokenizer_config.json.
 
     Raises:
-        ConversionError: tokenizer.model is missing, damaged, or another model's.
+        ConversionError: tokenizer.model is missing, damaged, or belongs to another model.
     """
     try:
-        tokenizer = internlm("tokenization").InternLMTokenizer.from_pretrained(source)
+        tokenizer = package.load("tokenization").InternLMTokenizer.from_pretrained(source)
     except (ValueError, OSError) as error:
         raise ConversionError(f"The tokenizer of {source} cannot be read: {error}") from error
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        # For llama.cpp's converter: else it puts a space before every text, and takes <eoa> for plain text.
+        # For llama.cpp's converter, which otherwise prepends a space to every text, and treats <eoa> as plain text.
         "add_prefix_space": False,
         "added_tokens_decoder": {
             str(index): {"content": token.content, "special": token.special}
@@ -160,7 +212,7 @@ def llama_tokenizer(source: Path) -> dict[str, bytes]:
     }
     files = {
         "tokenizer.json": tokenizer.backend_tokenizer.to_str(pretty=True).encode(),
-        "tokenizer_config.json": (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode(),
+        "tokenizer_config.json": json_bytes(config, sort_keys=False),
     }
     if tokenizer.chat_template:
         files["chat_template.jinja"] = tokenizer.chat_template.encode()

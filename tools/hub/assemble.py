@@ -14,9 +14,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from tools.convert_checkpoint import ConversionError, pickles_to_safetensors
-from tools.convert.files import INDEX_NAME, check_shapes, read_json
 from tools.convert.checkpoint import has_pickles, has_safetensors, safetensors_files
+from tools.convert.files import INDEX_NAME, check_shapes, read_json
+from tools.convert_checkpoint import ConversionError, pickles_to_safetensors
 from tools.hub.card import fill_in_card
 from tools.hub.errors import DiskFull, InputError
 from tools.hub.variant import (

@@ -35,8 +35,8 @@ def check_files(folder: Path) -> None:
         LocalCheckFailed: Something is wrong; the message names the file.
         ConversionError: The weights are damaged or do not fit config.json.
     """
-    from tools.convert.files import check_shapes, read_json
     from tools.convert.checkpoint import safetensors_files
+    from tools.convert.files import check_shapes, read_json
     from tools.hub.assemble import MODULES, SMALL_FILES, allowed
     from tools.hub.variant import is_lfs_pointer
 
