@@ -101,7 +101,7 @@ def check_loading(where: str, revision: str | None = None, scratch: Path | None 
         scratch: Folder for the process's caches, which are removed afterwards; a repository is downloaded there.
 
     Returns:
-        `tokens`, the ids of eight greedily generated tokens, and `logits`, the sum of the absolute logits of the first.
+        `tokens`, the ids of eight greedily generated tokens, and `logits`, the sum of the first one's absolute logits.
 
     Raises:
         LocalCheckFailed: It does not load, or a tensor is missing or not finite; the message is the process's own.

@@ -1,4 +1,4 @@
-"""The script that check.py runs in a fresh process: load a folder or repository, generate, print the result as JSON."""
+"""The script that check.py runs in a fresh process: load a folder or repository, generate, print JSON."""
 
 import argparse
 import json

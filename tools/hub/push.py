@@ -166,7 +166,7 @@ def _tree(api: HfApi, repo_id: str, commit: str) -> dict[str, RepoFile]:
 def push(api: HfApi, plan: Plan, title: str, private: bool, create_pr: bool = False) -> str:
     """Make the repository equal to the plan.
 
-    Large files are sent first and change nothing by themselves; files that an earlier, interrupted run sent are not sent
+    Large files are sent first and change nothing by themselves; files that an interrupted run has sent are not sent
     again. Then one commit changes everything at once.
 
     Args:
@@ -216,9 +216,13 @@ def _addition(folder: Path, change: Change) -> CommitOperationAdd:
 def _check_not_moved(api: HfApi, target: Target) -> None:
     # The client sends parent_commit only with a commit: without changes a stale one would go unnoticed.
     if api.model_info(target.repo_id, revision=target.revision).sha != target.head:
-        raise TargetMoved(
-            f"Somebody committed to {target.repo_id} ({target.revision}) in the meantime: run the same command again."
-        )
+        raise _moved(target)
+
+
+def _moved(target: Target) -> TargetMoved:
+    return TargetMoved(
+        f"Somebody committed to {target.repo_id} ({target.revision}) in the meantime: run the same command again."
+    )
 
 
 def _commit(api: HfApi, plan: Plan, operations: list[Any], title: str, create_pr: bool) -> str:
@@ -245,9 +249,7 @@ def _commit(api: HfApi, plan: Plan, operations: list[Any], title: str, create_pr
         if head != target.head:
             assert head is not None
             if _differences(plan, _tree(api, target.repo_id, head)):
-                raise TargetMoved(
-                    f"Somebody committed to {target.repo_id} ({target.revision}): run the same command again."
-                )
+                raise _moved(target)
             return head
     raise AssertionError("the last attempt returns or raises")
 

@@ -96,23 +96,19 @@ def detect(weights: Path, config: Any, asked: str | None) -> tuple[str, str]:
     path = weights.resolve()
     names = [path.name, *(part for part in path.parts if part.startswith("models--"))]
     if not (named := [name for name in fitting if any(name in part.lower() for part in names)]):
-        raise InputError(
-            f"{weights} can be {' or '.join(fitting)}, which have equal sizes: choose one with --variant."
-        )
+        raise InputError(f"{weights} can be {' or '.join(fitting)}, of equal sizes: choose one with --variant.")
     return max(named, key=len), "by the folder's name"
 
 
 def config_json(variant: str, config: Any, raw: dict[str, Any], stored: str, notes: list[str]) -> dict[str, Any]:
-    """config.json of the repository; `stored` is the dtype of the weights, for a checkpoint whose config.json names none."""
+    """config.json of the repository; `stored` is the dtype of the weights, for a config.json without one."""
     base = variant_config(variant)
     fields = {key: getattr(config, key) for key in _CHECKPOINT_FIELDS}
     for key, value in fields.items():
         if variant != TINY and base.get(key) != value:
             notes.append(f"config.json: {key} {value} is the checkpoint's own ({variant} has {base.get(key)})")
     if raw.get("pad_token_id") not in (0, None):
-        notes.append(
-            f"config.json: pad_token_id {raw['pad_token_id']} becomes 0 (<unk>): a stop token must not be the padding"
-        )
+        notes.append(f"config.json: pad_token_id {raw['pad_token_id']} becomes 0 (<unk>): a stop token must not pad")
     return {
         **{key: base[key] for key in ("architectures", "model_type")},
         **fields,
@@ -152,9 +148,7 @@ def _pieces(vocab_file: Path) -> list[str]:
 def _piece_id(vocab_file: Path, piece: str) -> int:
     pieces = _pieces(vocab_file)
     if piece not in pieces:
-        raise InputError(
-            f"{vocab_file} has no {piece}, which ends a chat model's replies: give the model's own tokenizer.model."
-        )
+        raise InputError(f"{vocab_file} has no {piece}, which ends a chat model's replies: pass the model's own file.")
     return pieces.index(piece)
 
 
@@ -164,9 +158,7 @@ def check_tokenizer(vocab_file: Path, vocab_size: int, notes: list[str]) -> int:
         raise InputError(f"{vocab_file} is missing: put InternLM's there, or pass the file with --tokenizer.")
     pieces = len(_pieces(vocab_file))
     if pieces > vocab_size:
-        raise InputError(
-            f"{vocab_file} has {pieces} pieces, the model only {vocab_size}: give the model's own tokenizer.model."
-        )
+        raise InputError(f"{vocab_file} has {pieces} pieces, the model only {vocab_size}: pass the model's own file.")
     digest = hashlib.sha256()
     hash_file(vocab_file, digest)
     if digest.hexdigest() != OFFICIAL_TOKENIZER:
