@@ -100,20 +100,20 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
 def _run(arguments: argparse.Namespace) -> None:
     """The five steps; without --repo-id the first two."""
     if arguments.repo_id is None:
-        made = _assemble(arguments, None)
-        _verify_folder(made, arguments)
-        return print(f"{made.out} is a complete repository of {made.variant}.")
+        assembly = _assemble(arguments, None)
+        _verify_folder(assembly, arguments)
+        return print(f"{assembly.out} is a complete repository of {assembly.variant}.")
 
     from tools.hub.push import log_in
 
     api, repo_id = log_in(arguments.repo_id, arguments.revision, arguments.create_pr)
-    made = _assemble(arguments, repo_id)
-    local = _verify_folder(made, arguments)
-    plan = _plan(api, repo_id, made, arguments)
+    assembly = _assemble(arguments, repo_id)
+    local = _verify_folder(assembly, arguments)
+    plan = _plan(api, repo_id, assembly, arguments)
     if arguments.dry_run:
         return print("Dry run: nothing was written.")
-    commit = _upload(api, plan, made, arguments)
-    _verify_commit(api, plan, commit, made, local, arguments)
+    commit = _upload(api, plan, assembly, arguments)
+    _verify_commit(api, plan, commit, assembly, local, arguments)
     print(
         f'AutoModelForCausalLM.from_pretrained("{repo_id}", revision="{commit}", trust_remote_code=True, '
         'dtype="auto", device_map="auto")'
@@ -123,45 +123,45 @@ def _run(arguments: argparse.Namespace) -> None:
 # Step 1
 def _assemble(arguments: argparse.Namespace, repo_id: str | None) -> Assembly:
     print(f"Assembling {arguments.local_dir}")
-    made = assemble(
+    assembly = assemble(
         arguments.weights, arguments.local_dir, arguments.variant, arguments.tokenizer, arguments.card, repo_id
     )
-    for note in made.notes:
+    for note in assembly.notes:
         print(f"  - {note}")
-    return made
+    return assembly
 
 
 # Step 2
-def _verify_folder(made: Assembly, arguments: argparse.Namespace) -> Sample | None:
-    check_files(made.out)
+def _verify_folder(assembly: Assembly, arguments: argparse.Namespace) -> Sample | None:
+    check_files(assembly.out)
     if arguments.no_verify_local:
         print("The files are valid; the model was not loaded.")
         return None
     print("Loading it in a fresh process")
-    local = check_loading(str(made.out))
+    local = check_loading(str(assembly.out))
     print(f"It loads and generates: tokens {local['tokens']}, sum of |logits| {local['logits']:.6g}")
     return local
 
 
 # Step 3
-def _plan(api: "HfApi", repo_id: str, made: Assembly, arguments: argparse.Namespace) -> "Plan":
+def _plan(api: "HfApi", repo_id: str, assembly: Assembly, arguments: argparse.Namespace) -> "Plan":
     from tools.hub.push import fetch_target, make_plan
 
     target = fetch_target(api, repo_id, arguments.revision)
-    plan = make_plan(made.out, made.files, target)
+    plan = make_plan(assembly.out, assembly.files, target)
     kind = "private" if (target.private if target.exists else not arguments.public) else "public"
     print(f"Plan for {repo_id} ({kind}{'' if target.exists else ', new'}), revision {arguments.revision}:\n{plan}")
     return plan
 
 
 # Step 4
-def _upload(api: "HfApi", plan: "Plan", made: Assembly, arguments: argparse.Namespace) -> str:
+def _upload(api: "HfApi", plan: "Plan", assembly: Assembly, arguments: argparse.Namespace) -> str:
     from tools.hub.push import TOOL, push
 
     _confirm(plan.target, arguments)
     before = signal.signal(signal.SIGINT, _exit_at_once)
     try:
-        title = f"Upload {made.variant} with {TOOL}"
+        title = f"Upload {assembly.variant} with {TOOL}"
         return push(api, plan, title, not arguments.public, arguments.create_pr)
     finally:
         signal.signal(signal.SIGINT, before)
@@ -184,7 +184,7 @@ def _exit_at_once(*_: Any) -> None:
 
 # Step 5
 def _verify_commit(
-    api: "HfApi", plan: "Plan", commit: str, made: Assembly, local: Sample | None, arguments: argparse.Namespace
+    api: "HfApi", plan: "Plan", commit: str, assembly: Assembly, local: Sample | None, arguments: argparse.Namespace
 ) -> None:
     from tools.hub.push import check_hashes
 
@@ -192,15 +192,15 @@ def _verify_commit(
     print(f"Uploaded: commit {commit}, whose hashes match the plan")
     if arguments.no_verify_remote:
         return
-    repo_id, needed = plan.target.repo_id, sum((made.out / name).stat().st_size for name in made.files)
-    if shutil.disk_usage(made.out.parent).free < needed:
+    repo_id, needed = plan.target.repo_id, sum((assembly.out / name).stat().st_size for name in assembly.files)
+    if shutil.disk_usage(assembly.out.parent).free < needed:
         raise errors.DiskFull(
             f"{repo_id} is uploaded, but downloading and loading it takes {needed / 1e9:.1f} GB in "
-            f"{made.out.parent}: make room and run the same command again, or add --no-verify-remote."
+            f"{assembly.out.parent}: make room and run the same command again, or add --no-verify-remote."
         )
     print("Loading it from the Hub in a fresh process")
     try:
-        remote = check_loading(repo_id, commit, scratch=made.out.parent)
+        remote = check_loading(repo_id, commit, scratch=assembly.out.parent)
     except errors.LocalCheckFailed as error:
         raise errors.RemoteCheckFailed(str(error)) from error
     if local and not (

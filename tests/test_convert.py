@@ -21,8 +21,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from tools.convert.checkpoint import pickles_to_safetensors
+from tools.convert.files import ConversionError
 from tools.convert.tensors import expected_shapes
-from tools.convert_checkpoint import ConversionError, main, pickles_to_safetensors
+from tools.convert_checkpoint import main
 
 from support.checkpoints import (
     GOLDEN,

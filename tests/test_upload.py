@@ -622,32 +622,32 @@ def old(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_folder_of_2023_becomes_a_repository(old: Path, tmp_path: Path) -> None:
     """Pickles are converted; the checkpoint's settings are kept, in today's form; the rest is this package's."""
     before = sorted(path.name for path in old.iterdir())
-    made = assemble(old, tmp_path / "out", "internlm-tiny", progress=False)
-    assert sorted(path.name for path in made.out.iterdir()) == sorted(made.files)
-    assert sorted(made.files) == sorted([*SMALL_FILES, "model.safetensors"])
-    check_files(made.out)
+    assembly = assemble(old, tmp_path / "out", "internlm-tiny", progress=False)
+    assert sorted(path.name for path in assembly.out.iterdir()) == sorted(assembly.files)
+    assert sorted(assembly.files) == sorted([*SMALL_FILES, "model.safetensors"])
+    check_files(assembly.out)
     assert sorted(path.name for path in old.iterdir()) == before
-    config = json.loads((made.out / "config.json").read_text())
+    config = json.loads((assembly.out / "config.json").read_text())
     assert config["rotary"] == {"type": "dynamic", "base": 10000.0, "scaling_factor": 1.0}
     assert (config["dtype"], config["bias"], config["pad_token_id"]) == ("float16", True, 0)
     assert config["auto_map"] == variant_config("internlm-20b")["auto_map"]
     assert not {"rope_theta", "rope_scaling", "torch_dtype"} & config.keys()
-    generation = json.loads((made.out / "generation_config.json").read_text())
+    generation = json.loads((assembly.out / "generation_config.json").read_text())
     assert generation == {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-    assert made.notes == [
+    assert assembly.notes == [
         "variant internlm-tiny, as requested",
         "config.json: pad_token_id 2 becomes 0 (<unk>): a stop token must not pad",
     ]
 
 
 def test_weights_are_links_and_a_second_run_changes_nothing(tiny_dir: Path, tmp_path: Path) -> None:
-    made = assemble(TINY, tmp_path / "out", *ASSEMBLE[3:], progress=False)
-    assert os.path.samefile(TINY / "model.safetensors", made.out / "model.safetensors")
-    assert not os.path.samefile(ROOT / "LICENSE", made.out / "LICENSE")  # editing one must not change the other
-    before = (made.out / "model.safetensors").stat()
+    assembly = assemble(TINY, tmp_path / "out", *ASSEMBLE[3:], progress=False)
+    assert os.path.samefile(TINY / "model.safetensors", assembly.out / "model.safetensors")
+    assert not os.path.samefile(ROOT / "LICENSE", assembly.out / "LICENSE")  # editing one must not change the other
+    before = (assembly.out / "model.safetensors").stat()
     assemble(TINY, tmp_path / "out", *ASSEMBLE[3:], progress=False)
-    assert (made.out / "model.safetensors").stat() == before
-    assert all((tiny_dir / name).read_bytes() == (made.out / name).read_bytes() for name in made.files)
+    assert (assembly.out / "model.safetensors").stat() == before
+    assert all((tiny_dir / name).read_bytes() == (assembly.out / name).read_bytes() for name in assembly.files)
 
 
 def test_where_links_are_impossible_weights_are_copied_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -655,8 +655,8 @@ def test_where_links_are_impossible_weights_are_copied_once(tmp_path: Path, monk
         raise OSError(18, "Invalid cross-device link")
 
     monkeypatch.setattr(os, "link", no_link)
-    made = assemble(TINY, tmp_path / "out", *ASSEMBLE[3:], progress=False)
-    copied = made.out / "model.safetensors"
+    assembly = assemble(TINY, tmp_path / "out", *ASSEMBLE[3:], progress=False)
+    copied = assembly.out / "model.safetensors"
     assert copied.read_bytes() == (TINY / "model.safetensors").read_bytes()
     before = copied.stat().st_ino
     assemble(TINY, tmp_path / "out", *ASSEMBLE[3:], progress=False)
@@ -898,11 +898,9 @@ def reachable_modules(folder: Path) -> set[str]:
         module = open_modules.pop()
         found.add(f"{module}.py")
         nodes = ast.walk(ast.parse((folder / f"{module}.py").read_text(encoding="utf-8")))
-        relative = [node for node in nodes if isinstance(node, ast.ImportFrom) and node.level]
-        imported = {
-            name for node in relative for name in ([node.module] if node.module else [a.name for a in node.names])
-        }
-        open_modules |= {name for name in imported if f"{name}.py" not in found}
+        for node in (node for node in nodes if isinstance(node, ast.ImportFrom) and node.level):
+            imported = [node.module] if node.module else [alias.name for alias in node.names]
+            open_modules |= {name for name in imported if f"{name}.py" not in found}
     return found
 
 
@@ -959,11 +957,11 @@ UNSOUND = {
 @pytest.mark.parametrize("name", UNSOUND)
 def test_an_unsound_folder_is_not_uploaded(name: str, old: Path, tmp_path: Path) -> None:
     spoil, message = UNSOUND[name]
-    made = assemble(old, tmp_path / "out", "internlm-tiny", progress=False)
-    check_files(made.out)
-    spoil(made.out)
+    assembly = assemble(old, tmp_path / "out", "internlm-tiny", progress=False)
+    check_files(assembly.out)
+    spoil(assembly.out)
     with pytest.raises((errors.LocalCheckFailed, ConversionError), match=message):
-        check_files(made.out)
+        check_files(assembly.out)
 
 
 def test_nan_in_the_weights_is_found(tmp_path: Path) -> None:
@@ -974,7 +972,7 @@ def test_nan_in_the_weights_is_found(tmp_path: Path) -> None:
 
 def test_a_folder_that_does_not_load_is_reported_with_its_error(old: Path, tmp_path: Path) -> None:
     """The fresh process's message, in one line."""
-    made = assemble(old, tmp_path / "out", "internlm-tiny", progress=False)
-    replace(made.out / "modeling_internlm.py", "import threading", "raise RuntimeError('broken on purpose')")
+    assembly = assemble(old, tmp_path / "out", "internlm-tiny", progress=False)
+    replace(assembly.out / "modeling_internlm.py", "import threading", "raise RuntimeError('broken on purpose')")
     with pytest.raises(errors.LocalCheckFailed, match="does not load: RuntimeError: broken on purpose"):
-        check_loading(str(made.out))
+        check_loading(str(assembly.out))

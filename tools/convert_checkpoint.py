@@ -19,13 +19,11 @@ from typing import Any
 if __package__ in (None, ""):  # run as a script: import the package `tools`, not the modules beside this file
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from tools.convert.checkpoint import copy_small_files, pickles_to_safetensors, plan_pickles
+from tools.convert.checkpoint import copy_small_files, plan_pickles
 from tools.convert.files import ConversionError, read_json, write_json
 from tools.convert.shards import DEFAULT_SHARD_BYTES, plan_shards, write_shards
 from tools.convert.tensors import Tensor, check_shapes, total_bytes
 
-
-__all__ = ["ConversionError", "main", "pickles_to_safetensors"]
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
 

@@ -83,7 +83,7 @@ def assemble(
         progress: Whether to show progress bars.
 
     Returns:
-        The folder, the variant, the repository's files and the decisions that were made.
+        The folder, the variant, the repository's files and the decisions made.
 
     Raises:
         InputError: An argument or file is missing or wrong; the message says what to do.
