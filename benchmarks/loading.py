@@ -146,7 +146,7 @@ def peak_memory(report: Report, work: Path, shape: Shape) -> None:
 def first_token(report: Report, work: Path, budget: float) -> None:
     """Whole processes in turns: ours and Llama from ids, and ours from text."""
     sys.path.insert(0, str(ROOT))
-    from tools.hub_assemble import assemble
+    from tools.hub.assemble import assemble
 
     ours, llama = work / "tiny-ours", work / "tiny-llama"
     assemble(weights=TINY, out=ours, progress=False)

@@ -1,6 +1,6 @@
-"""Checkpoints that are damaged, contradict themselves or mean harm: what `from_pretrained` makes of each.
+"""`from_pretrained` of damaged, inconsistent and hostile checkpoints.
 
-Pickled shards are test_old_checkpoints.py's and test_convert.py's, tokenizer.model is test_tokenizer.py's.
+Pickled shards are tested in test_old_checkpoints.py and test_convert.py, tokenizer.model in test_tokenizer.py.
 """
 
 import json
@@ -49,7 +49,7 @@ def edit(folder: Path, change: Callable[[dict], object]) -> None:
 
 
 def index(folder: Path, content: object) -> None:
-    """Weights by an index: `content` is the shard of every tensor, or the whole file."""
+    """Replace the weights by an index: `content` is the shard of every tensor, or the whole file."""
     names = load_file(folder / WEIGHTS)
     (folder / WEIGHTS).unlink()
     if isinstance(content, str):
@@ -70,7 +70,7 @@ BROKEN = {
     "cut at the end": (lambda f: cut(f, -1), SafetensorError, "not fully covered"),
     "random bytes": (lambda f: (f / WEIGHTS).write_bytes(random.Random(0).randbytes(5000)), SafetensorError, "header"),
     "LFS pointer": (lambda f: (f / WEIGHTS).write_text(POINTER), SafetensorError, "header"),
-    "a pickle by another name": (
+    "a pickle named safetensors": (
         lambda f: torch.save({"x": torch.ones(1)}, f / WEIGHTS),
         (SafetensorError, OSError),
         "header|safetensors",
@@ -98,7 +98,7 @@ BROKEN = {
     "config is a pointer": (lambda f: (f / "config.json").write_text(POINTER), OSError, "not a valid JSON file"),
     "config is a list": (lambda f: (f / "config.json").write_text("[]"), ValueError, "Unrecognized model"),
     "a negative size": (lambda f: configure(f, hidden_size=-128), ValueError, "hidden_size=-128 is not allowed"),
-    "a size in words": (lambda f: configure(f, hidden_size="128"), ValueError, "hidden_size='128' is not allowed"),
+    "a size as a string": (lambda f: configure(f, hidden_size="128"), ValueError, "hidden_size='128' is not allowed"),
     "a field of transformers": (lambda f: configure(f, id2label=3), ValueError, "transformers refuses a field"),
     "a method's name": (lambda f: configure(f, to_dict=3), ValueError, "to_dict=3 is not allowed.*a method"),
     "an unknown dtype": (lambda f: configure(f, dtype="float7"), ValueError, "float7"),
@@ -110,14 +110,14 @@ BROKEN = {
 def test_a_broken_checkpoint_never_loads(name, folder):
     break_it, kind, message = BROKEN[name]
     weights = (folder / WEIGHTS).read_bytes()
-    (folder / WEIGHTS).unlink()  # a hard link to the checkpoint: other bytes go into a file of their own
+    (folder / WEIGHTS).unlink()  # a hard link to the checkpoint: never write to it
     (folder / WEIGHTS).write_bytes(weights)
     break_it(folder)
     with pytest.raises(kind, match=message):
         load(folder)
 
 
-# (2**24 x 2**24 weights would take 10**15 bytes; a fresh process may have 3 GB more than it starts with)
+# 2**24 x 2**24 weights would take 10**15 bytes; the process may allocate 3 GB.
 HUGE = {
     "vocab_size": {"vocab_size": 2**24},
     "hidden_size": {"hidden_size": 2**24},
@@ -160,8 +160,8 @@ for name in sys.argv[1:]:
 
 @pytest.mark.parametrize("name", ["model.embed_tokens.weight", NORM, "model.norm.weight", "lm_head.weight"])
 @pytest.mark.parametrize("number", [float("nan"), float("inf"), float("-inf")], ids=str)
-def test_one_weight_that_is_no_number_is_refused(number, name, folder):
-    """In any dtype, wherever it is, by the base model too."""
+def test_a_single_nan_or_infinite_weight_is_refused(number, name, folder):
+    """In any dtype and any tensor, also by the base model."""
     edit(folder, lambda state: state[name].view(-1)[-1:].fill_(number))
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         with pytest.raises(ValueError, match=f"{name} holds NaN or infinite values in {dtype}.* or fetch it again"):
@@ -171,17 +171,18 @@ def test_one_weight_that_is_no_number_is_refused(number, name, folder):
             AutoModel.from_pretrained(folder, trust_remote_code=True)
 
 
-def test_the_tool_sees_a_weight_that_is_no_number(folder):
-    """It looks into the files, also at what a loaded model has quantised or offloaded."""
-    from tools.hub_check import LocalCheckFailed, check_loading
+def test_the_upload_check_finds_nan(folder):
+    """It reads the files, which also covers tensors that a loaded model has quantised or offloaded."""
+    from tools.hub.check import check_loading
+    from tools.hub.errors import LocalCheckFailed
 
     edit(folder, lambda state: state[NORM].fill_(float("nan")))
     with pytest.raises(LocalCheckFailed, match=NORM):
         check_loading(str(folder))
 
 
-def test_large_numbers_are_numbers(folder):
-    """Their sum overflows in float16, they do not. Beyond its largest, the dtype is at fault, and named."""
+def test_large_finite_weights_are_accepted(folder):
+    """Their sum overflows in float16, they do not. Where a value does, the error names the dtype."""
     edit(folder, lambda state: state[NORM].fill_(60_000))
     assert load(folder, dtype=torch.float16).get_parameter(NORM).sum().isinf()
     edit(folder, lambda state: state[NORM].fill_(70_000))
@@ -192,64 +193,64 @@ def test_large_numbers_are_numbers(folder):
     assert load(folder, dtype=torch.bfloat16).get_parameter(NORM).isfinite().all()
 
 
-def test_an_index_that_leads_out_of_its_folder(folder, tmp_path, modeling):
-    """transformers would follow it; neither loading nor the tool that assembles a folder does."""
-    from tools.convert_files import ConversionError
-    from tools.convert_hub import safetensors_files
+def test_an_index_that_points_outside_its_folder_is_refused(folder, tmp_path, modeling):
+    """transformers would follow it; neither the model nor the tools do."""
+    from tools.convert.checkpoint import safetensors_files
+    from tools.convert.files import ConversionError
 
     shutil.copy(folder / WEIGHTS, tmp_path / "outside.safetensors")
-    for place in ("../outside.safetensors", str(tmp_path / "outside.safetensors"), "..\\outside.safetensors"):
+    for path in ("../outside.safetensors", str(tmp_path / "outside.safetensors"), "..\\outside.safetensors"):
         shutil.copy(tmp_path / "outside.safetensors", folder / WEIGHTS)
-        index(folder, place)
+        index(folder, path)
         with pytest.raises(ValueError, match="outside its folder: do not use this checkpoint"):
             load(folder)
         with pytest.raises(ConversionError, match="outside its folder"):
             safetensors_files(folder)
-        with pytest.raises(ValueError, match="outside its folder"):  # in a folder within the folder, too
+        with pytest.raises(ValueError, match="outside its folder"):  # in a subfolder too
             modeling.InternLMForCausalLM.from_pretrained(tmp_path, subfolder=folder.name)
 
 
-def test_a_folder_named_as_an_index_is_none(folder, tmp_path):
-    """The name of the file counts, not of the folders above it."""
+def test_a_folder_named_like_an_index_is_not_an_index(folder, tmp_path):
+    """Only the file's own name counts, not its parent folders'."""
     load(folder.rename(tmp_path / "model.index.old"))
 
 
 @pytest.mark.skipif(
     int(huggingface_hub.__version__.split(".")[0]) < 2,
-    reason="huggingface_hub reads ../file, if it is there, until 2.0",
+    reason="huggingface_hub before 2.0 reads ../file if it exists",
 )
-def test_an_index_on_the_hub_that_leads_out_of_its_repository(folder, tmp_path):
-    """huggingface_hub refuses the name, whether there is such a file or not (the second is there)."""
+def test_an_index_on_the_hub_that_points_outside_its_repository_is_refused(folder, tmp_path):
+    """huggingface_hub refuses the name, whether the file exists (the second does) or not."""
     shutil.copy(folder / WEIGHTS, tmp_path / "outside.safetensors")
-    places = ("../outside.safetensors", "../../../../../outside.safetensors", str(tmp_path / "outside.safetensors"))
+    paths = ("../outside.safetensors", "../../../../../outside.safetensors", str(tmp_path / "outside.safetensors"))
     with Hub() as hub:
         hub.users[TOKEN] = User("user")
-        for number, place in enumerate(places):
+        for number, path in enumerate(paths):
             shutil.copy(tmp_path / "outside.safetensors", folder / WEIGHTS)
-            index(folder, place)
+            index(folder, path)
             hub.add_repository(f"user/{number}", {path.name: path.read_bytes() for path in folder.iterdir()})
         child = subprocess.run(
-            [sys.executable, "-c", LOAD_ALL, *(f"user/{number}" for number in range(len(places)))],
+            [sys.executable, "-c", LOAD_ALL, *(f"user/{number}" for number in range(len(paths)))],
             env=environment(hub, tmp_path / "home"),
             capture_output=True,
             text=True,
             timeout=200,
         )
     assert child.returncode == 0, child.stderr
-    said = child.stdout.splitlines()
-    assert len(said) == len(places) and all("ValueError: Invalid filename" in line for line in said), said
+    lines = child.stdout.splitlines()
+    assert len(lines) == len(paths) and all("ValueError: Invalid filename" in line for line in lines), lines
 
 
 @pytest.mark.parametrize("content", ["null", "7", "[" * 100_000], ids=["null", "7", "nested"])
-def test_json_that_is_no_object(content, folder):
-    """transformers reads config.json before it knows whose it is, and says no more than this."""
+def test_a_config_that_is_not_a_json_object_is_refused(content, folder):
+    """transformers reads config.json before it knows the model type, and raises only this."""
     (folder / "config.json").write_text(content)
     with pytest.raises((TypeError, RecursionError)):
         AutoConfig.from_pretrained(folder, trust_remote_code=True)
 
 
 @pytest.mark.parametrize("changes", [{"model_input_names": None}, {"added_tokens_decoder": 3}, {"padding_side": 7}])
-def test_a_tokenizer_config_of_wrong_types(changes, folder):
+def test_a_tokenizer_config_of_wrong_types_is_refused(changes, folder):
     path = folder / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     with pytest.raises(ValueError):

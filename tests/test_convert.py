@@ -1,8 +1,9 @@
-"""tools/convert_checkpoint.py: exact, resumable, and careful with broken sources, full disks and interruptions."""
+"""tools/convert_checkpoint.py: exact and resumable; broken sources, full disks and interruptions lose nothing."""
 
 import contextlib
 import io
 import json
+import os
 import pickle
 import random
 import re
@@ -20,8 +21,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from tools.convert_checkpoint import ConversionError, main, pickles_to_safetensors
-from tools.convert_files import expected_shapes
+from tools.convert.checkpoint import pickles_to_safetensors
+from tools.convert.files import ConversionError
+from tools.convert.tensors import expected_shapes
+from tools.convert_checkpoint import main
 
 from support.checkpoints import (
     GOLDEN,
@@ -71,7 +74,7 @@ def run(*arguments: object) -> int:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @SOURCES
 def test_pickles_become_the_same_tensors(source, dtype, tmp_path, capsys):
-    """Every value and dtype, without the stored frequencies; the logits of both are compared by the tool itself."""
+    """Every value and dtype, without the stored inv_freq; the tool itself compares the logits of both."""
     old = old_checkpoint(tmp_path / "old", source, dtype)
     before = tree(old)
     assert run("safetensors", old, tmp_path / "new", "--max-shard-size", "100KB") == 0
@@ -80,7 +83,7 @@ def test_pickles_become_the_same_tensors(source, dtype, tmp_path, capsys):
     assert tree(old) == before
 
 
-def test_the_shards_and_their_index(tmp_path):
+def test_shards_and_index_agree(tmp_path):
     limit = 100_000
     files = pickles_to_safetensors(old_checkpoint(tmp_path / "old"), tmp_path / "new", limit, progress=False)
     index = json.loads((tmp_path / "new" / "model.safetensors.index.json").read_text())
@@ -95,15 +98,15 @@ def test_the_shards_and_their_index(tmp_path):
     assert set(tree(tmp_path / "new")) == {*sizes, "model.safetensors.index.json"}
 
 
-def test_one_file_needs_no_index(tmp_path):
+def test_a_single_file_has_no_index(tmp_path):
     assert pickles_to_safetensors(old_checkpoint(tmp_path / "old"), tmp_path / "new", progress=False) == [
         tmp_path / "new" / "model.safetensors"
     ]
     assert set(tree(tmp_path / "new")) == {"model.safetensors"}
 
 
-def test_tensors_of_several_widths_are_aligned(tmp_path):
-    """An odd number of half-precision values must not leave a float32 tensor at an odd address."""
+def test_tensors_of_different_dtypes_are_aligned(tmp_path):
+    """An odd number of half-precision values must not leave a float32 tensor unaligned."""
     state = {"a": torch.ones(3, dtype=torch.float16), "b": torch.ones(5), "c": torch.ones((), dtype=torch.bfloat16)}
     (tmp_path / "old").mkdir()
     torch.save(state, tmp_path / "old" / "pytorch_model.bin")
@@ -115,8 +118,8 @@ def test_tensors_of_several_widths_are_aligned(tmp_path):
     assert (8 + length) % 8 == 0 and entries["b"]["data_offsets"] == [0, 20]
 
 
-def test_the_format_before_pytorch_1_6(tmp_path):
-    """Such files cannot be mapped; they are read whole."""
+def test_files_from_before_pytorch_1_6_are_converted(tmp_path):
+    """Such files cannot be memory-mapped; they are read into memory."""
     (tmp_path / "old").mkdir()
     state = golden_state(SEVEN)
     torch.save(state, tmp_path / "old" / "pytorch_model.bin", _use_new_zipfile_serialization=False)
@@ -124,8 +127,8 @@ def test_the_format_before_pytorch_1_6(tmp_path):
     assert_equal(read_tensors(tmp_path / "new"), state)
 
 
-def test_in_place_and_again(tmp_path):
-    """Target and source may be one folder; a second run changes nothing."""
+def test_converting_in_place_and_twice(tmp_path):
+    """Source and target may be the same folder; a second run changes nothing."""
     old = old_checkpoint(tmp_path / "old")
     assert run("safetensors", old, old) == 0
     before = tree(old)
@@ -143,8 +146,8 @@ def source_and_options(command: str, folder: Path) -> tuple[Path, list[object]]:
 
 
 @COMMANDS
-def test_progress_bar(command, tmp_path, capsys):
-    """It comes to its end, and names the file."""
+def test_the_progress_bar_finishes(command, tmp_path, capsys):
+    """It reaches 100 % and names the file; --quiet hides it."""
     source, options = source_and_options(command, tmp_path / "old")
     assert main([str(part) for part in (command, source, tmp_path / "new", "--no-logits", *options)]) == 0
     assert "model.safetensors: 100%" in capsys.readouterr().err
@@ -153,13 +156,13 @@ def test_progress_bar(command, tmp_path, capsys):
 
 
 @COMMANDS
-def test_a_folder_that_cannot_be_is_one_clear_error(command, tmp_path, capsys):
+def test_an_unusable_folder_is_one_clear_error(command, tmp_path, capsys):
     source, options = source_and_options(command, tmp_path / "old")
     (tmp_path / "file").write_text("in the way")
     for old, new in ((source, tmp_path / "file"), (source, tmp_path / "file" / "new"), (tmp_path / "no", tmp_path)):
         assert run(command, old, new, *options) == 1
-        said = capsys.readouterr().err
-        assert said.startswith("convert_checkpoint.py: ") and said.count("\n") == 1 and str(tmp_path) in said
+        error = capsys.readouterr().err
+        assert error.startswith("convert_checkpoint.py: ") and error.count("\n") == 1 and str(tmp_path) in error
 
 
 @COMMANDS
@@ -171,7 +174,7 @@ def test_dry_run_writes_nothing(command, tmp_path, capsys):
     assert not (tmp_path / "new").exists() and tree(source) == before
 
 
-def test_it_runs_as_a_script():
+def test_it_runs_as_a_script_from_any_folder():
     command = [sys.executable, str(ROOT / "tools" / "convert_checkpoint.py"), "--help"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=ROOT.parent)
     assert done.returncode == 0 and "safetensors SOURCE TARGET" in done.stdout
@@ -181,7 +184,7 @@ def test_it_runs_as_a_script():
 
 
 class _Code:
-    """Pickles as a call that leaves a file behind."""
+    """Unpickling it would create a file."""
 
     def __init__(self, marker: Path) -> None:
         self.marker = marker
@@ -221,43 +224,52 @@ BREAKS = {
     "no weights": (lambda d: (d / INDEX).unlink(), "holds no weights"),
     "index is not JSON": (lambda d: (d / INDEX).write_text("{"), "not JSON"),
     "index without map": (lambda d: write_json(d / INDEX, {}), "no weight_map"),
-    "name outside the index": (lambda d: edit_index(d, lambda m: m.pop(NORM)), "index does not name"),
+    "name outside the index": (lambda d: edit_index(d, lambda m: m.pop(NORM)), "index does not list"),
     "name only in the index": (lambda d: edit_index(d, lambda m: m.update({"ghost": SECOND})), "lacks ghost"),
-    "index leads up": (lambda d: edit_index(d, lambda m: m.update({NORM: "../x.bin"})), "outside its folder"),
-    "index leads away": (lambda d: edit_index(d, lambda m: m.update({NORM: "/etc/passwd"})), "outside its folder"),
-    "index leads to Windows": (lambda d: edit_index(d, lambda m: m.update({NORM: "..\\x.bin"})), "outside its folder"),
-    "index names a number": (lambda d: edit_index(d, lambda m: m.update({NORM: 7})), "outside its folder"),
+    "index points to a parent folder": (
+        lambda d: edit_index(d, lambda m: m.update({NORM: "../x.bin"})),
+        "outside its folder",
+    ),
+    "index holds an absolute path": (
+        lambda d: edit_index(d, lambda m: m.update({NORM: "/etc/passwd"})),
+        "outside its folder",
+    ),
+    "index holds a Windows path": (
+        lambda d: edit_index(d, lambda m: m.update({NORM: "..\\x.bin"})),
+        "outside its folder",
+    ),
+    "index holds a number": (lambda d: edit_index(d, lambda m: m.update({NORM: 7})), "outside its folder"),
     "not a state": (lambda d: torch.save([1, 2], d / SECOND), "dictionary of tensors"),
     "a state in a state": (lambda d: torch.save({"state_dict": {}}, d / SECOND), "dictionary of tensors"),
     "integers": (lambda d: edit_shard(d, lambda s: s.update({NORM: s[NORM].int()})), "float32, float16 or bfloat16"),
     "NaN": (lambda d: edit_shard(d, lambda s: s[NORM].fill_(float("nan"))), f"{NORM} holds NaN"),
     "infinity": (lambda d: edit_shard(d, lambda s: s[NORM].view(-1)[3:4].fill_(float("-inf"))), "infinite"),
     "wrong shape": (lambda d: edit_shard(d, lambda s: s.update({NORM: torch.ones(63)})), r"shape \(63,\).*\(64,\)"),
-    "fewer layers in config": (lambda d: edit_config(d, num_hidden_layers=3), "config.json does not know"),
-    "more layers in config": (lambda d: edit_config(d, num_hidden_layers=5), "which config.json asks for"),
-    "biases against config": (lambda d: edit_config(d, bias=False), 'set "bias": true'),
-    "sizes are words": (lambda d: edit_config(d, hidden_size="wide"), "positive integers"),
+    "fewer layers in config": (lambda d: edit_config(d, num_hidden_layers=3), "config.json does not describe"),
+    "more layers in config": (lambda d: edit_config(d, num_hidden_layers=5), "which config.json requires"),
+    "biases contradict config": (lambda d: edit_config(d, bias=False), 'set "bias": true'),
+    "a size is a string": (lambda d: edit_config(d, hidden_size="wide"), "positive integers"),
     "config is not JSON": (lambda d: (d / "config.json").write_text("no"), "config.json is not JSON"),
 }
 
 
 @pytest.mark.parametrize("name", BREAKS)
 def test_a_broken_source_is_one_clear_error(name, tmp_path, capsys):
-    """Exit status 1, one line, no half-written file, and the source as it was."""
+    """Exit code 1, one line, no half-written file, and an unchanged source."""
     break_it, message = BREAKS[name]
     old = old_checkpoint(tmp_path / "old")
     break_it(old)
     before = tree(old)
     assert run("safetensors", old, tmp_path / "new", "--max-shard-size", "300KB") == 1
-    said = capsys.readouterr()
-    assert said.err.startswith("convert_checkpoint.py: ") and said.err.count("\n") == 1
-    assert re.search(message, said.err), said.err
+    output = capsys.readouterr()
+    assert output.err.startswith("convert_checkpoint.py: ") and output.err.count("\n") == 1
+    assert re.search(message, output.err), output.err
     assert tree(old) == before
-    # What is complete may be there; the index, without which nothing loads, and torn files may not.
+    # Complete files may exist; partial files, and the index, without which nothing loads, may not.
     assert all(file.startswith("model-") and file.endswith(".safetensors") for file in tree(tmp_path / "new"))
 
 
-def test_biases_missing_against_config(tmp_path):
+def test_missing_biases_contradict_the_config(tmp_path):
     old = pickled_checkpoint(tmp_path / "old", golden_state(TWENTY), official_config(TWENTY, bias=True))
     with pytest.raises(ConversionError, match='no attention biases.*set "bias": false'):
         pickles_to_safetensors(old, tmp_path / "new", progress=False)
@@ -270,19 +282,19 @@ def test_code_in_a_pickle_never_runs(zipped, tmp_path):
         edit_shard(old, lambda state: state.update({NORM: _Code(marker)}))
     else:
         (old / SECOND).write_bytes(pickle.dumps({NORM: _Code(marker)}, protocol=2))
-    with pytest.raises(ConversionError, match="asks for code to be run"):
+    with pytest.raises(ConversionError, match="requires code to be run"):
         pickles_to_safetensors(old, tmp_path / "new", progress=False)
     assert not marker.exists() and not tree(tmp_path / "new")
 
 
-def test_a_flipped_bit_anywhere_is_survived(tmp_path):
-    """500 damaged shards: each is read or refused with the one exception type."""
+def test_random_damage_raises_only_conversion_errors(tmp_path):
+    """500 damaged shards: each is converted or refused with ConversionError."""
     old, rng = old_checkpoint(tmp_path / "old"), random.Random(2)
     whole, outcomes = (old / SECOND).read_bytes(), {True: 0, False: 0}
     for _ in range(500):
         damaged = bytearray(whole)
         for _ in range(rng.randrange(1, 30)):
-            # Half of the hits go into the pickle at the start, which is a hundredth of the file.
+            # Half of the damage goes into the pickle at the start, which is a hundredth of the file.
             damaged[rng.randrange(len(damaged) if rng.random() < 0.5 else 4000)] = rng.randrange(256)
         (old / SECOND).write_bytes(damaged)
         try:
@@ -294,16 +306,16 @@ def test_a_flipped_bit_anywhere_is_survived(tmp_path):
 
 
 def test_nothing_is_overwritten(tmp_path):
-    """A file of the same name with other content, and shards of another conversion, stop it."""
+    """A file of the same name with other content, or shards of another conversion, are refused."""
     old, new = old_checkpoint(tmp_path / "old"), tmp_path / "new"
     new.mkdir()
-    (new / "model.safetensors").write_bytes(b"somebody's weights")
+    (new / "model.safetensors").write_bytes(b"other weights")
     with pytest.raises(ConversionError, match="exists already"):
         pickles_to_safetensors(old, new, progress=False)
-    assert (new / "model.safetensors").read_bytes() == b"somebody's weights"
+    assert (new / "model.safetensors").read_bytes() == b"other weights"
     pickles_to_safetensors(old, tmp_path / "whole", progress=False)
     content = bytearray((tmp_path / "whole" / "model.safetensors").read_bytes())
-    content[-100] ^= 1  # of the right length, but one bit is wrong
+    content[-100] ^= 1  # the right length, but one wrong bit
     (tmp_path / "whole" / "model.safetensors").write_bytes(content)
     with pytest.raises(ConversionError, match="exists already"):
         pickles_to_safetensors(old, tmp_path / "whole", progress=False)
@@ -319,7 +331,7 @@ CONVERSIONS = {"safetensors": [], "training": ["--window", 64], "llama": ["--no-
 
 
 def big_source(command: str, folder: Path, layers: int = 8) -> Path:
-    """2.6 MB a layer, in six files: large enough that a conversion can be stopped in the middle of a file."""
+    """2.6 MB a layer, in six files: large enough to stop a conversion in the middle of a file."""
     sizes = {"hidden_size": 256, "intermediate_size": 512, "vocab_size": 1024, "num_hidden_layers": layers}
     config, rng = official_config(SEVEN, **sizes), torch.Generator().manual_seed(3)
     state = {name: torch.randn(shape, generator=rng) for name, shape in expected_shapes(config).items()}
@@ -335,16 +347,23 @@ def convert(command: str, source: Path, target: Path) -> int:
     return run(command, source, target, "--max-shard-size", "6MB", "--no-logits", *CONVERSIONS[command])
 
 
+def convert_without_sharing_blocks(command: str, source: Path, target: Path) -> int:
+    """In a child: as on a file system where a copy takes long enough to be killed in the middle."""
+    if hasattr(os, "copy_file_range"):
+        del os.copy_file_range
+    return convert(command, source, target)
+
+
 def convert_with_a_full_disk(command: str, source: Path, target: Path) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (3_500_000, 3_500_000))
-    with contextlib.redirect_stderr(io.StringIO()) as said:
+    with contextlib.redirect_stderr(io.StringIO()) as output:
         assert convert(command, source, target) == 1
-    assert re.search("cannot be written.*File too large.*make room", said.getvalue()), said.getvalue()
+    assert re.search("cannot be written.*File too large.*make room", output.getvalue()), output.getvalue()
 
 
 @pytest.mark.parametrize("command", CONVERSIONS)
 def test_a_full_disk_is_one_clear_error(command, tmp_path):
-    """The kernel refuses to write on in the middle of a file; with room again, the same call completes the work."""
+    """The kernel refuses a write in the middle of a file; once there is room, the same command finishes."""
     source, target = big_source(command, tmp_path / "big"), tmp_path / "new"
     before = tree(source)
     assert convert(command, source, tmp_path / "whole") == 0
@@ -356,11 +375,11 @@ def test_a_full_disk_is_one_clear_error(command, tmp_path):
     assert tree(target) == tree(tmp_path / "whole")
 
 
-def test_too_small_a_disk_is_refused_before_writing(tmp_path, monkeypatch):
-    """The free space is asked for first: 40 GB are not written for an hour only to fail."""
+def test_a_disk_without_room_is_refused_before_writing(tmp_path, monkeypatch):
+    """Free space is checked first: no hour of writing 40 GB that ends in an error."""
     old = old_checkpoint(tmp_path / "old")
     usage = type("usage", (), {"free": 1000})
-    monkeypatch.setattr("tools.convert_files.shutil.disk_usage", lambda path: usage)
+    monkeypatch.setattr("tools.convert.shards.shutil.disk_usage", lambda path: usage)
     with pytest.raises(ConversionError, match="0.00 GB free"):
         pickles_to_safetensors(old, tmp_path / "new", progress=False)
     assert not tree(tmp_path / "new")
@@ -376,31 +395,32 @@ def test_ctrl_c_leaves_no_partial_file(tmp_path):
     while not any(new.glob("*.partial")) and child.poll() is None:
         time.sleep(0.0005)
     child.send_signal(signal.SIGINT)
-    said = child.communicate(timeout=60)[1]
-    assert child.returncode == 130 and "same command again" in said
+    error = child.communicate(timeout=60)[1]
+    assert child.returncode == 130 and "same command again" in error
     assert not list(new.glob("*.partial")) and not (new / "model.safetensors.index.json").exists()
     assert convert("safetensors", big, new) == 0
     assert tree(new) == tree(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("command", CONVERSIONS)
-def test_kill_9_at_any_moment(command, tmp_path):
-    """At every moment a file that has its final name is complete; another run keeps it, and makes the rest."""
+def test_kill_9_at_any_moment_loses_nothing(command, tmp_path):
+    """A file with its final name is always complete; the next run keeps it, and writes the rest."""
     source = big_source(command, tmp_path / "source")
     before = tree(source)
-    found = kill_at_random(partial(convert, command), source, tmp_path, points=12, torn=3, complete=4)
+    work = partial(convert_without_sharing_blocks, command)
+    found = kill_at_random(work, source, tmp_path, points=12, torn=3, complete=4)
     assert found["equal"] == found["reruns"] and not found["wrong"] and not found["rewritten"], found
     assert found["kept"] > 3 and tree(source) == before, found
 
 
-def convert_and_note_the_peak(command: str, source: Path, target: Path, peak: Path) -> None:
-    """Kilobytes that the conversion needs on top of what the process had, written to `peak`."""
+def convert_and_measure_peak_memory(command: str, source: Path, target: Path, peak: Path) -> None:
+    """Write to `peak` how many kilobytes the conversion adds to the process's memory."""
 
     def field(name: str) -> int:
         lines = Path("/proc/self/status").read_text().splitlines()
         return next(int(line.split()[1]) for line in lines if name in line)
 
-    assert convert(command, source.with_name("small"), target.with_name("warm")) == 0  # what it imports does not count
+    assert convert(command, source.with_name("small"), target.with_name("warm")) == 0  # imports do not count
     start = field("VmRSS")
     assert convert(command, source, target) == 0
     peak.write_text(str(field("VmHWM") - start))
@@ -408,10 +428,10 @@ def convert_and_note_the_peak(command: str, source: Path, target: Path, peak: Pa
 
 @pytest.mark.parametrize("command", CONVERSIONS)
 def test_peak_memory_is_about_one_shard(command, tmp_path):
-    """120 MB in six files of 20 MB, of which a training run's are needed in pairs: never the checkpoint as a whole."""
+    """120 MB in six files of 20 MB (a training run's are needed in pairs): never the whole checkpoint."""
     source, peak = big_source(command, tmp_path / "big", layers=45), tmp_path / "peak"
     big_source(command, tmp_path / "small", layers=3)
-    child = in_child(convert_and_note_the_peak, command, source, tmp_path / "new", peak)
+    child = in_child(convert_and_measure_peak_memory, command, source, tmp_path / "new", peak)
     child.join()
     assert child.exitcode == 0 and int(peak.read_text()) < 50_000
 
@@ -433,7 +453,7 @@ def test_peak_memory_is_about_one_shard(command, tmp_path):
 )
 @SOURCES
 def test_training_shards_become_the_model(source, ranks, stages, chunks, split_hidden, tmp_path):
-    """Any number of tensor- and pipeline-parallel shards, with biases and without: every value of the model."""
+    """Every value of the model, from any number of tensor- and pipeline-parallel shards, with and without biases."""
     state = golden_state(source)
     shards = training_checkpoint(tmp_path / "run", state, 4, ranks, stages, chunks, split_hidden)
     before = tree(shards)
@@ -449,8 +469,8 @@ def test_training_shards_become_the_model(source, ranks, stages, chunks, split_h
 
 @pytest.mark.parametrize(("ranks", "stages", "chunks"), [(8, 12, 1), (3, 5, 1), (12, 2, 4)])
 @pytest.mark.parametrize("bias", [True, False])
-def test_many_training_shards(bias, ranks, stages, chunks, tmp_path):
-    """More than ten of either kind, where file names no longer sort by number, and stages of unequal length."""
+def test_many_training_shards_become_the_model(bias, ranks, stages, chunks, tmp_path):
+    """More than ten ranks or stages, where file names no longer sort by number, and stages of unequal length."""
     sizes = {"hidden_size": 48, "intermediate_size": 96, "vocab_size": 120, "num_hidden_layers": 24}
     config = official_config(SEVEN, **sizes, num_attention_heads=24, bias=bias)
     state = {name: torch.randn(shape) for name, shape in expected_shapes(config).items()}
@@ -461,8 +481,8 @@ def test_many_training_shards(bias, ranks, stages, chunks, tmp_path):
 
 
 @SOURCES
-def test_the_converted_model_is_the_official_one(source, tmp_path, modeling):
-    """From training shards to logits: equal to what the official code computed with these weights."""
+def test_the_converted_model_gives_the_official_logits(source, tmp_path, modeling):
+    """From training shards to the logits that the official code computed with these weights."""
     import numpy as np
 
     shards = training_checkpoint(tmp_path / "run", golden_state(source), 4, ranks=2, stages=2)
@@ -475,15 +495,15 @@ def test_the_converted_model_is_the_official_one(source, tmp_path, modeling):
     torch.testing.assert_close(found, torch.from_numpy(golden["full_63_logits"]).view_as(found), atol=1e-3, rtol=0)
 
 
-def test_training_dtype(tmp_path):
+def test_training_shards_are_converted_to_a_dtype(tmp_path):
     shards = training_checkpoint(tmp_path / "run", golden_state(SEVEN), 4, ranks=2)
     assert run("training", shards, tmp_path / "new", "--window", 64, "--dtype", "bfloat16") == 0
     assert_equal(read_tensors(tmp_path / "new"), golden_state(SEVEN, torch.bfloat16))
     assert json.loads((tmp_path / "new" / "config.json").read_text())["dtype"] == "bfloat16"
 
 
-def test_settings_in_the_training_codes_own_class(tmp_path):
-    """model_config.pt names a class of the training code, which is not installed: its items are read as data."""
+def test_settings_saved_as_the_training_codes_class_are_read(tmp_path):
+    """model_config.pt names a class of the training code, which is not installed; its items are loaded as data."""
     shards = training_checkpoint(tmp_path / "run", golden_state(SEVEN), 4, settings={"layer_norm_epsilon": 1e-5})
     script = (
         "import sys, types, torch\n"
@@ -517,19 +537,19 @@ RUN_BREAKS = {
         lambda d: edit_run(d, lambda s: s.pop("num_attention_heads"), "model_config.pt"),
         "heads",
     ),
-    "lost tensor": (lambda d: edit_run(d, lambda s: s.pop(FUSED)), "1 of 2 tensor-parallel"),
-    "another width": (lambda d: edit_run(d, lambda s: s.update({FUSED: torch.ones(96, 32)})), "cannot be joined"),
+    "missing tensor": (lambda d: edit_run(d, lambda s: s.pop(FUSED)), "1 of 2 tensor-parallel"),
+    "different widths": (lambda d: edit_run(d, lambda s: s.update({FUSED: torch.ones(96, 32)})), "cannot be joined"),
     "not three parts": (lambda d: edit_run(d, lambda s: s.update({FUSED: torch.ones(95, 64)})), "three equal parts"),
     "unknown field": (
         lambda d: [edit_run(d, add_field, f"model_tp{rank}_pp0.pt") for rank in (0, 1)],
         "no InternLM v1",
     ),
     "unknown name": (lambda d: edit_run(d, lambda s: s.update({"???": torch.ones(1)})), "not a name"),
-    "lost layer": (
+    "missing layer": (
         lambda d: [edit_run(d, drop_layer, f"model_tp{rank}_pp1.pt") for rank in (0, 1)],
         r"holds only the layers \[1\]",
     ),
-    "uneven shares": (lambda d: edit_run(d, lambda s: s.update({FUSED: torch.ones(48, 64)})), "asks for"),
+    "unequal shares": (lambda d: edit_run(d, lambda s: s.update({FUSED: torch.ones(48, 64)})), "requires"),
 }
 
 
@@ -549,12 +569,12 @@ def test_a_broken_run_is_one_clear_error(name, tmp_path, capsys):
     break_it(shards)
     before = tree(shards)
     assert run("training", shards, tmp_path / "new", "--window", 64) == 1
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1 and re.search(message, said), said
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and re.search(message, error), error
     assert tree(shards) == before and not tree(tmp_path / "new")
 
 
-def test_window_or_config_is_needed(tmp_path, capsys):
+def test_window_or_config_is_required(tmp_path, capsys):
     shards = training_checkpoint(tmp_path / "run", golden_state(SEVEN), 4)
     assert run("training", shards, tmp_path / "new") == 1
     assert "--window and --config" in capsys.readouterr().err
@@ -564,7 +584,7 @@ def test_window_or_config_is_needed(tmp_path, capsys):
 
 
 def hub_folder(folder: Path, source: Path, tokenizer: bool = False, dtype: torch.dtype = torch.float32) -> Path:
-    """A golden checkpoint in the Hub's layout, in two safetensors files, with the official tokenizer if wanted."""
+    """A golden checkpoint in the Hub's layout, in two safetensors files, optionally with the official tokenizer."""
     folder.mkdir()
     pickled = pickled_checkpoint(folder.with_name("pickled"), golden_state(source, dtype), official_config(source))
     pickles_to_safetensors(pickled, folder, 600_000 if dtype == torch.float32 else 300_000, progress=False)
@@ -586,7 +606,7 @@ def llama_logits(folder: Path, ids: torch.Tensor) -> torch.Tensor:
 
 
 @SOURCES
-def test_llama_copy_is_exact_in_the_window(source, tmp_path, modeling):
+def test_llama_copy_is_exact_within_the_window(source, tmp_path, modeling):
     hub = hub_folder(tmp_path / "hub", source)
     assert run("llama", hub, tmp_path / "llama", "--no-tokenizer", "--no-logits") == 0
     ids = torch.randint(0, 512, (2, 64), generator=torch.Generator().manual_seed(0))
@@ -598,8 +618,8 @@ def test_llama_copy_is_exact_in_the_window(source, tmp_path, modeling):
 
 
 @pytest.mark.parametrize("factor", [1.0, 2.0])
-def test_llama_copy_with_a_fixed_context(factor, tmp_path, modeling, configuration):
-    """256 tokens are four windows: equal to this package's model with plain rotary of the base of 256 tokens."""
+def test_llama_copy_with_a_fixed_base_is_exact(factor, tmp_path, modeling, configuration):
+    """256 tokens, four windows: equal to this package's model with a plain rotary embedding and that base."""
     hub = hub_folder(tmp_path / "hub", TWENTY)
     fields = official_config(TWENTY, rotary={"type": "dynamic", "base": 10000, "scaling_factor": factor})
     write_json(hub / "config.json", fields)
@@ -614,22 +634,22 @@ def test_llama_copy_with_a_fixed_context(factor, tmp_path, modeling, configurati
         ours = modeling.InternLMForCausalLM.from_pretrained(hub, config=config).eval()(input_ids=ids).logits
     found = llama_logits(tmp_path / "llama", ids)
     torch.testing.assert_close(found, ours, atol=2e-4, rtol=0)
-    # The measure is sharp: with the trained base the logits are far off.
+    # The comparison is sharp: with the trained base the logits differ widely.
     write_json(tmp_path / "llama" / "config.json", settings | {"rope_theta": 10000.0})
     assert (llama_logits(tmp_path / "llama", ids) - ours).abs().max() > 0.1
 
 
 @pytest.mark.parametrize(("context", "base"), [(None, 10000.0), (4096, 10000.0), (8192, 20221.3), (16384, 40889.9)])
 def test_the_base_of_the_20b(context, base):
-    from tools.convert_llama import llama_config
+    from tools.convert.llama import llama_config
 
     settings = llama_config(json.loads((ROOT / "config.json").read_text()), context)
     assert settings["rope_theta"] == pytest.approx(base, abs=0.05)
     assert settings["max_position_embeddings"] == (context or 4096) and settings["attention_bias"] is False
 
 
-def test_llama_copy_of_pickles_and_of_stored_frequencies(tmp_path):
-    """What engines refuse is written anew instead of linked."""
+def test_llama_copy_of_pickles_and_of_stored_inv_freq(tmp_path):
+    """Weights that engines refuse are rewritten instead of linked."""
     old = old_checkpoint(tmp_path / "old", SEVEN, torch.float32)
     assert run("llama", old, tmp_path / "a", "--no-tokenizer") == 0
     write_json(tmp_path / "config.json", official_config(SEVEN))
@@ -640,8 +660,8 @@ def test_llama_copy_of_pickles_and_of_stored_frequencies(tmp_path):
         assert_equal(read_tensors(folder), golden_state(SEVEN))
 
 
-def test_llama_copy_through_a_symbolic_link(tmp_path):
-    """The Hub's cache holds links; the copy must outlive them."""
+def test_llama_copy_links_the_file_behind_a_symbolic_link(tmp_path):
+    """The Hub's cache holds symbolic links; the copy must outlive them."""
     hub = hub_folder(tmp_path / "hub", TWENTY)
     cache = tmp_path / "cache"
     cache.mkdir()
@@ -653,7 +673,7 @@ def test_llama_copy_through_a_symbolic_link(tmp_path):
 
 
 def test_llama_tokenizer_needs_no_remote_code(tmp_path):
-    """tokenizer.json gives the official ids and the chat template, through AutoTokenizer without trust."""
+    """tokenizer.json gives the official ids and the chat template, through AutoTokenizer without trust_remote_code."""
     from transformers import AutoTokenizer
 
     hub = hub_folder(tmp_path / "hub", TWENTY, tokenizer=True)
@@ -677,7 +697,7 @@ def test_llama_tokenizer_needs_no_remote_code(tmp_path):
         ({"model_type": "llama"}, "only internlm"),
         ({"rotary": {"type": "linear"}}, "rotary"),
         ({"hidden_size": -64}, "hidden_size"),
-        ({"num_hidden_layers": 5}, "which config.json asks for"),
+        ({"num_hidden_layers": 5}, "which config.json requires"),
         ({"bias": True}, 'set "bias": false'),
     ],
     ids=str,
@@ -686,20 +706,23 @@ def test_llama_copy_refuses_a_wrong_config(changes, message, tmp_path, capsys):
     hub = hub_folder(tmp_path / "hub", TWENTY)
     write_json(hub / "config.json", official_config(TWENTY, **changes))
     assert run("llama", hub, tmp_path / "llama", "--no-tokenizer") == 1
-    said = capsys.readouterr().err
-    assert message in said and said.count("\n") == 1 and not tree(tmp_path / "llama")
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1 and not tree(tmp_path / "llama")
 
 
 SAFE = "model-00002-of-00002.safetensors"
 SAFE_BREAKS = {
     "truncated": (lambda d: keep(d, SAFE, lambda b: b[:-1]), "truncated"),
     "empty": (lambda d: keep(d, SAFE, lambda b: b""), "truncated"),
-    "LFS pointer": (lambda d: (d / SAFE).write_text("version https://git-lfs.github.com/spec/v1\n"), "truncated"),
+    "LFS pointer": (lambda d: (d / SAFE).write_text("version https://git-lfs.github.com/spec/v1\n"), "git lfs pull"),
     "missing shard": (lambda d: (d / SAFE).unlink(), f"{SAFE} is missing"),
-    "index leads up": (lambda d: edit_index(d, lambda m: m.update(x="../x"), SAFE_INDEX), "outside its folder"),
+    "index points to a parent folder": (
+        lambda d: edit_index(d, lambda m: m.update(x="../x"), SAFE_INDEX),
+        "outside its folder",
+    ),
     "name outside the index": (
         lambda d: edit_index(d, lambda m: m.pop("lm_head.weight"), SAFE_INDEX),
-        "does not name",
+        "does not list",
     ),
     "NaN": (lambda d: save_file(fill(load_file(d / SAFE)), d / SAFE, {"format": "pt"}), "holds NaN"),
     "no config": (lambda d: (d / "config.json").unlink(), "config.json cannot be read"),
@@ -713,18 +736,18 @@ def fill(state: dict) -> dict:
 
 
 @pytest.mark.parametrize("name", SAFE_BREAKS)
-def test_llama_copy_of_a_broken_source(name, tmp_path, capsys):
+def test_llama_copy_of_a_broken_source_is_one_clear_error(name, tmp_path, capsys):
     break_it, message = SAFE_BREAKS[name]
     hub = hub_folder(tmp_path / "hub", TWENTY)
     break_it(hub)
     before = tree(hub)
     assert run("llama", hub, tmp_path / "llama", "--no-tokenizer") == 1
-    said = capsys.readouterr().err
-    assert message in said and said.count("\n") == 1
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
     assert tree(hub) == before and "config.json" not in tree(tmp_path / "llama")
 
 
-def test_llama_copy_needs_its_own_folder_and_a_tokenizer(tmp_path, capsys):
+def test_llama_copy_requires_another_folder_and_a_tokenizer(tmp_path, capsys):
     hub = hub_folder(tmp_path / "hub", TWENTY)
     before = tree(hub)
     assert run("llama", hub, hub) == 1 and "another target" in capsys.readouterr().err
@@ -732,25 +755,25 @@ def test_llama_copy_needs_its_own_folder_and_a_tokenizer(tmp_path, capsys):
     assert tree(hub) == before and not tree(tmp_path / "llama")
 
 
-# the check afterwards
+# the check after a conversion
 
 
-def test_the_check_finds_a_wrong_type(tmp_path):
-    """bfloat16's bits under float16's name are finite, and of the right shape."""
-    from tools.convert_check import check_files
-    from tools.convert_hub import pickled_tensors
+def test_the_check_finds_a_wrong_dtype(tmp_path):
+    """bfloat16 bits labelled float16 are finite, and have the right shape."""
+    from tools.convert.check import check_files
+    from tools.convert.checkpoint import pickled_tensors
 
     old, config = old_checkpoint(tmp_path / "old"), official_config(SEVEN)
     pickles_to_safetensors(old, tmp_path / "new", progress=False)
-    assert "types, values are right" in check_files(tmp_path / "new", config, pickled_tensors(old))
+    assert "dtypes and values are right" in check_files(tmp_path / "new", config, pickled_tensors(old))
     keep(tmp_path / "new", "model.safetensors", lambda b: b.replace(b'"BF16"', b'"F16" ', 1))
     with pytest.raises(ConversionError, match="was written as torch.float16 instead of torch.bfloat16"):
         check_files(tmp_path / "new", config, pickled_tensors(old))
 
 
 def test_the_check_finds_wrong_logits(tmp_path, modeling):
-    """Two models that differ in one norm do not pass as equal."""
-    from tools.convert_check import check_logits
+    """Two models that differ in one norm weight are not equal."""
+    from tools.convert.check import check_logits
 
     hub = hub_folder(tmp_path / "hub", TWENTY)
     right = modeling.InternLMForCausalLM.from_pretrained(hub)
@@ -761,7 +784,7 @@ def test_the_check_finds_wrong_logits(tmp_path, modeling):
         check_logits([lambda dtype: right, lambda dtype: wrong], hub)
 
 
-def test_the_check_says_why_it_was_skipped(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("tools.convert_check._available_memory", lambda: 1000)
+def test_the_check_says_why_logits_were_not_compared(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("tools.convert.check._available_memory", lambda: 1000)
     assert run("safetensors", old_checkpoint(tmp_path / "old"), tmp_path / "new") == 0
     assert "logits not compared: a model needs" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""Folders as they were published in 2023 load as they are, exactly or not at all."""
+"""Folders as published in 2023 load unchanged, exactly or not at all."""
 
 import pickle
 import subprocess
@@ -21,7 +21,7 @@ from support.checkpoints import (
 
 
 def old_folder(folder: Path, source: Path, state: dict | None = None, **changes) -> Path:
-    """A golden checkpoint as its owner has it: three pickled shards, config.json, and this package's modules."""
+    """A golden checkpoint in its published form: three pickled shards, config.json, and this package's modules."""
     state = golden_state(source) if state is None else state
     pickled_checkpoint(folder, state, official_config(source, **changes), inv_freq=True)
     add_modules(folder)
@@ -39,7 +39,7 @@ def logits(model, length: int = 17) -> torch.Tensor:
 
 
 def original(modeling, configuration, source: Path, dtype=torch.float32, **changes):
-    """The same weights without going through files of 2023."""
+    """The same weights, loaded without files of 2023."""
     config = configuration.InternLMConfig(**official_config(source, **changes))
     model = modeling.InternLMForCausalLM(config).to(dtype).eval()
     model.load_state_dict(golden_state(source, dtype), strict=True)
@@ -49,8 +49,8 @@ def original(modeling, configuration, source: Path, dtype=torch.float32, **chang
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("field", ["torch_dtype", "dtype"])
 @pytest.mark.parametrize("source", [SEVEN, TWENTY], ids=lambda path: path.name)
-def test_loads_in_the_dtype_that_it_states(source, field, dtype, tmp_path, modeling, configuration):
-    """Pickled shards with stored frequencies give, bit for bit, the logits of the same weights given directly."""
+def test_loads_in_the_dtype_of_its_config(source, field, dtype, tmp_path, modeling, configuration):
+    """Pickled shards with stored inv_freq give, bit for bit, the logits of the same weights loaded directly."""
     stated = {"torch_dtype": ..., field: str(dtype).removeprefix("torch.")}
     folder = old_folder(tmp_path / "old", source, golden_state(source, dtype), **stated)
     model = load(folder, dtype="auto")
@@ -59,8 +59,8 @@ def test_loads_in_the_dtype_that_it_states(source, field, dtype, tmp_path, model
 
 
 @pytest.mark.parametrize("pad", [0, 2, None])
-def test_any_published_pad_token(pad, tmp_path, modeling, configuration):
-    """Pad 2 (= eos) since October 2023, 0 before: the logits and the embedding's row are the checkpoint's own."""
+def test_any_published_pad_token_is_kept(pad, tmp_path, modeling, configuration):
+    """Pad 2 (= eos) since October 2023, 0 before: the logits and the embedding row are the checkpoint's."""
     model = load(old_folder(tmp_path / "old", TWENTY, pad_token_id=pad))
     assert torch.equal(logits(model), logits(original(modeling, configuration, TWENTY)))
     assert model.config.pad_token_id == pad and model.get_input_embeddings().padding_idx is None
@@ -79,7 +79,7 @@ DIALECTS = {
 
 @pytest.mark.parametrize("dialect", DIALECTS)
 def test_every_dialect_gives_the_official_logits_beyond_the_window(dialect, tmp_path):
-    """128 tokens are twice the window of 64: a rotary setting that was misread is off by more than 0.17."""
+    """128 tokens are twice the window of 64: a misread rotary setting is off by more than 0.17."""
     model = load(old_folder(tmp_path / "old", TWENTY, **DIALECTS[dialect]))
     golden = np.load(TWENTY / "golden.npz")
     found = logits(model, 128)[0, golden["full_128_pos"]]
@@ -94,24 +94,24 @@ def test_every_dialect_gives_the_official_logits_beyond_the_window(dialect, tmp_
     ],
     ids=["rotary", "rope_parameters"],
 )
-def test_plain_rotary_dialects(changes, tmp_path):
+def test_plain_rotary_dialects_give_the_official_logits(changes, tmp_path):
     model = load(old_folder(tmp_path / "old", SEVEN, **changes))
     golden = np.load(SEVEN / "golden.npz")
     found = logits(model, 128)[0, golden["full_128_pos"]]
     torch.testing.assert_close(found, torch.from_numpy(golden["full_128_logits"]).view_as(found), atol=1e-3, rtol=0)
 
 
-def test_stored_frequencies_are_ignored_in_silence(tmp_path, capfd, caplog):
-    def said() -> str:
+def test_stored_inv_freq_is_ignored_silently(tmp_path, capfd, caplog):
+    def output() -> str:
         return "".join(capfd.readouterr()) + caplog.text
 
-    logging.set_verbosity_warning()  # tools/convert_checkpoint.py, called by other tests in this process, is quieter
+    logging.set_verbosity_warning()  # tools/convert_checkpoint.py, which other tests run in this process, lowers it
     load(old_folder(tmp_path / "old", SEVEN))
-    assert "inv_freq" not in (heard := said()) and "UNEXPECTED" not in heard and "not used" not in heard
-    # The same ear hears what is really unexpected.
+    assert "inv_freq" not in (printed := output()) and "UNEXPECTED" not in printed and "not used" not in printed
+    # The same capture shows tensors that are really unexpected.
     surplus = golden_state(SEVEN) | {"model.layers.0.stranger": torch.zeros(2)}
     load(old_folder(tmp_path / "surplus", SEVEN, surplus))
-    assert "stranger" in said()
+    assert "stranger" in output()
 
 
 def test_the_published_auto_map_still_chats(tmp_path):
@@ -120,8 +120,8 @@ def test_the_published_auto_map_still_chats(tmp_path):
     assert type(model).__name__ == "InternLMForCausalLM" and callable(model.chat)
 
 
-def test_fresh_process_from_an_awkward_folder(tmp_path):
-    """As users do it: a new interpreter, offline, and a path with a dot, a space and Chinese in it."""
+def test_a_fresh_process_loads_a_folder_with_an_awkward_name(tmp_path):
+    """As users load it: a new interpreter, offline, and a path with a dot, a space and Chinese characters."""
     folder = old_folder(tmp_path / "书生 internlm-20b.v1", TWENTY)
     script = (
         "import sys, torch, numpy\n"
@@ -145,8 +145,8 @@ def without_biases() -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("settings", [{}, {"device_map": "cpu"}, {"dtype": torch.bfloat16}], ids=str)
 @pytest.mark.parametrize("head", ["InternLMForCausalLM", "InternLMModel", "InternLMForSequenceClassification"])
 @pytest.mark.parametrize("biased", [True, False], ids=["config without", "weights without"])
-def test_biases_against_the_config_are_refused(biased, head, settings, tmp_path, modeling):
-    """Either way round, and through every class, the one error names the field and the value that mends it."""
+def test_biases_that_contradict_the_config_are_refused(biased, head, settings, tmp_path, modeling):
+    """In both directions, and through every class, the error names the field and the value that fixes it."""
     folder = tmp_path / "old"
     state = golden_state(SEVEN) if biased else without_biases()
     pickled_checkpoint(folder, state, official_config(SEVEN, bias=not biased))
@@ -156,8 +156,8 @@ def test_biases_against_the_config_are_refused(biased, head, settings, tmp_path,
 
 @pytest.mark.ecosystem
 @pytest.mark.parametrize("method", ["bitsandbytes 8", "bitsandbytes 4", "quanto", "torchao"])
-def test_biases_against_the_config_are_refused_when_quantising(method, tmp_path, modeling):
-    """Quantisers keep their own books of what is missing; torchao's forgets biases (transformers 5.23)."""
+def test_biases_that_contradict_the_config_are_refused_when_quantising(method, tmp_path, modeling):
+    """Quantisers keep their own list of missing tensors; torchao's omits biases (transformers 5.23)."""
     import transformers
 
     if method == "torchao":
@@ -175,18 +175,18 @@ def test_biases_against_the_config_are_refused_when_quantising(method, tmp_path,
             modeling.InternLMForCausalLM.from_pretrained(folder, quantization_config=settings, device_map="cpu")
 
 
-def test_offloading_to_disk_is_not_mistaken_for_missing(tmp_path, modeling):
-    """What lies on the disk has no storage either."""
+def test_tensors_offloaded_to_disk_are_not_reported_missing(tmp_path, modeling):
+    """Tensors on disk have no storage either."""
     folder = pickled_checkpoint(tmp_path / "old", golden_state(SEVEN), official_config(SEVEN))
-    places = {"model.embed_tokens": "cpu", "model.norm": "cpu", "lm_head": "cpu"}
-    places |= {f"model.layers.{layer}": "disk" if layer % 2 else "cpu" for layer in range(4)}
+    device_map = {"model.embed_tokens": "cpu", "model.norm": "cpu", "lm_head": "cpu"}
+    device_map |= {f"model.layers.{layer}": "disk" if layer % 2 else "cpu" for layer in range(4)}
     load = modeling.InternLMForCausalLM.from_pretrained
-    model = load(folder, device_map=places, offload_folder=tmp_path / "offload").eval()
+    model = load(folder, device_map=device_map, offload_folder=tmp_path / "offload").eval()
     assert model.model.layers[1].self_attn.q_proj.bias.is_meta
     torch.testing.assert_close(logits(model), logits(load(folder).eval()), atol=1e-5, rtol=0)
 
 
-def test_the_fix_that_the_error_names_works(tmp_path, modeling):
+def test_the_fix_in_the_error_message_works(tmp_path, modeling):
     state = without_biases()
     folder = pickled_checkpoint(tmp_path / "old", state, official_config(SEVEN, bias=False))
     loaded = modeling.InternLMForCausalLM.from_pretrained(folder).state_dict()
@@ -205,15 +205,15 @@ def test_a_missing_parameter_is_refused_by_name(name, tmp_path, modeling):
 
 
 def test_a_wrong_shape_is_refused(tmp_path, modeling):
-    """The library's own error: it never loads a tensor of another shape unless it is told to."""
+    """The library's own error: it never loads a tensor of another shape unless asked to."""
     state = golden_state(SEVEN) | {"model.layers.1.mlp.up_proj.weight": torch.zeros(175, 64)}
     folder = pickled_checkpoint(tmp_path / "old", state, official_config(SEVEN))
     with pytest.raises(RuntimeError, match="size"):
         modeling.InternLMForCausalLM.from_pretrained(folder)
 
 
-def test_from_pretrained_gives_what_was_asked_for(tmp_path, modeling):
-    """The check changes nothing else: loading info, a given state_dict, fresh heads, and an empty state_dict."""
+def test_from_pretrained_otherwise_behaves_as_usual(tmp_path, modeling):
+    """The check changes nothing else: loading info, a passed state_dict, new heads, and an empty state_dict."""
     folder = pickled_checkpoint(tmp_path / "old", golden_state(SEVEN), official_config(SEVEN))
     model, info = modeling.InternLMForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert not info["missing_keys"] and isinstance(model, modeling.InternLMForCausalLM)
@@ -247,7 +247,7 @@ def test_tied_weights_need_no_head_in_the_file(tmp_path, modeling):
     ["truncated", "missing", "pointer", "code"],
 )
 def test_a_damaged_shard_never_loads(damage, tmp_path, modeling):
-    """The library reads pickles; whatever is wrong with one, loading raises, and code in it does not run."""
+    """The library reads pickles; a damaged one raises, and code in it never runs."""
     folder = pickled_checkpoint(tmp_path / "old", golden_state(SEVEN), official_config(SEVEN))
     shard, marker = folder / "pytorch_model-00002-of-00003.bin", tmp_path / "it-ran"
     if damage == "truncated":
@@ -264,7 +264,7 @@ def test_a_damaged_shard_never_loads(damage, tmp_path, modeling):
 
 
 class _Code:
-    """Pickles as a call that leaves a file behind."""
+    """Unpickling it would create a file."""
 
     def __init__(self, marker: Path) -> None:
         self.marker = marker

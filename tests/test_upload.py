@@ -1,9 +1,10 @@
 """upload_to_hub.py with the real huggingface_hub, over real HTTP, against the Hub of tests/support/hub_server.py.
 
-huggingface_hub reads HF_ENDPOINT when it is imported, so whatever talks to the Hub runs in processes of its own: the
-command line itself where a test kills or interrupts it, and otherwise one worker that runs one command after another.
+huggingface_hub reads HF_ENDPOINT when it is imported, so everything that contacts the Hub runs in separate processes:
+the command line itself where a test kills or interrupts it, otherwise one worker that runs one command after another.
 """
 
+import ast
 import contextlib
 import io
 import json
@@ -24,12 +25,15 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 import upload_to_hub
-from tools import hub_errors
-from tools.convert_files import ConversionError, Tensor, expected_shapes, write_shards
-from tools.hub_assemble import SMALL_FILES, assemble
-from tools.hub_card import fill_in_card
-from tools.hub_check import _check_finite, check_files, check_loading
-from tools.hub_variant import (
+from tools.convert.files import ConversionError
+from tools.convert.shards import write_shards
+from tools.convert.tensors import Tensor, expected_shapes
+from tools.hub import errors
+from tools.hub.assemble import SMALL_FILES, assemble
+from tools.hub.card import fill_in_card
+from tools.hub.check import check_files, check_loading
+from tools.hub.load_and_generate import check_values
+from tools.hub.variant import (
     config_json,
     detect,
     generation_json,
@@ -38,6 +42,7 @@ from tools.hub_variant import (
     variant_config,
     variants,
 )
+from tools.package import MODULES
 
 from support.checkpoints import pickled_checkpoint
 from support.hub_server import TOKEN, Hold, Hub, User, answer, drop, environment, lose_answer
@@ -64,7 +69,7 @@ for line in sys.stdin:
 """
 
 # What a user does with the line that the tool prints.
-SPEAK = """
+GENERATE = """
 import json, sys
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 source = {"revision": sys.argv[2], "trust_remote_code": True}
@@ -78,14 +83,14 @@ print(json.dumps([tokenizer.decode(ids[0]), chat[0]["generated_text"][-1]["conte
 
 
 def start(hub: Hub, home: Path, *argv: object) -> subprocess.Popen:
-    """The command line in a process of its own."""
+    """Start the command line in a separate process."""
     command = [sys.executable, str(ROOT / "upload_to_hub.py"), *map(str, argv)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "encoding": "utf-8"}
     return subprocess.Popen(command, env=environment(hub, home), **pipes)
 
 
 class Worker:
-    """A process in which the command line runs as often as wanted, so that its imports are paid for once."""
+    """A process that runs any number of command lines, so that imports are paid for once."""
 
     def __init__(self, hub: Hub, home: Path) -> None:
         command = [sys.executable, "-c", WORKER, str(ROOT)]
@@ -107,7 +112,7 @@ class Worker:
         return self.receive()
 
     def close(self) -> None:
-        self.process.communicate()  # reads what nobody asked for: a full pipe would keep the process
+        self.process.communicate()  # reads unread output: a full pipe would block the process
 
 
 @pytest.fixture(scope="module")
@@ -126,13 +131,13 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the runs assemble; the later ones find everything there."""
+    """The folder that all runs assemble; later runs find it complete."""
     return tmp_path_factory.mktemp("upload") / "internlm-tiny"
 
 
 @pytest.fixture(scope="module")
 def unreachable(folder: Path, home: Path) -> Iterator[tuple[Hub, Worker]]:
-    """A run, started now and looked at last, against a Hub that drops every file: the client gives up in 30 s."""
+    """A run against a Hub that drops every file, started now and checked last: the client gives up after 30 s."""
     with Hub() as hub:
         hub.users[TOKEN] = User("user")
         hub.on("PUT", "/lfs/", drop(after=100_000), times=1000)
@@ -144,7 +149,7 @@ def unreachable(folder: Path, home: Path) -> Iterator[tuple[Hub, Worker]]:
 
 @pytest.fixture(scope="module")
 def uploaded(hub: Hub, home: Path, folder: Path, unreachable: object) -> SimpleNamespace:
-    """checkpoints/tiny uploaded as a user does it, with every check."""
+    """checkpoints/tiny uploaded as by a user, with every check."""
     hub.log.clear()
     process = start(hub, home, *ASSEMBLE, "--local-dir", folder, "--repo-id", "user/internlm-tiny")
     text, _ = process.communicate()
@@ -160,7 +165,7 @@ def worker(hub: Hub, home: Path, uploaded: object) -> Iterator[Worker]:
 
 @pytest.fixture
 def quiet_hub(hub: Hub) -> Iterator[Hub]:
-    """The Hub with an empty log; the faults that a test switches on end with it."""
+    """The Hub with an empty log; faults that a test adds are removed after it."""
     hub.log.clear()
     yield hub
     hub.faults.clear()
@@ -170,16 +175,16 @@ def head(hub: Hub, repo_id: str, revision: str = "main") -> str:
     return hub.repositories[repo_id].heads[revision]
 
 
-# The whole way
+# Complete uploads
 
 
 def test_one_command_uploads_a_verified_private_repository(hub: Hub, uploaded: SimpleNamespace, folder: Path) -> None:
-    """The commit holds exactly the assembled files, in several parts where they are large, and is said to load."""
+    """The commit holds exactly the assembled files, large ones sent in several parts, and loads."""
     assert uploaded.code == 0, uploaded.text
     assert TOKEN not in uploaded.text
     commit = head(hub, "user/internlm-tiny")
     assert f'from_pretrained("user/internlm-tiny", revision="{commit}", trust_remote_code=True' in uploaded.text
-    assert "It loads from there and says the same" in uploaded.text
+    assert "It loads from the Hub and generates the same tokens" in uploaded.text
     repository = hub.repositories["user/internlm-tiny"]
     assert repository.private
     assert len(repository.commits) == 2  # the Hub's first, and ours
@@ -190,9 +195,9 @@ def test_one_command_uploads_a_verified_private_repository(hub: Hub, uploaded: S
     assert any(path.endswith("/4") for path in parts)
 
 
-def test_users_load_it_by_name_and_it_speaks(hub: Hub, uploaded: SimpleNamespace, home: Path) -> None:
+def test_users_load_it_by_name_and_it_generates(hub: Hub, uploaded: SimpleNamespace, home: Path) -> None:
     """AutoModelForCausalLM and pipeline download the commit and generate."""
-    command = [sys.executable, "-c", SPEAK, "user/internlm-tiny", head(hub, "user/internlm-tiny")]
+    command = [sys.executable, "-c", GENERATE, "user/internlm-tiny", head(hub, "user/internlm-tiny")]
     child = subprocess.run(command, env=environment(hub, home), capture_output=True, text=True, encoding="utf-8")
     assert child.returncode == 0, child.stderr
     continued, reply = json.loads(child.stdout.splitlines()[-1])
@@ -204,7 +209,7 @@ def test_an_unchanged_second_upload_transfers_nothing(worker: Worker, quiet_hub:
     before = head(quiet_hub, "user/internlm-tiny")
     code, text = worker.run(*ASSEMBLE, "--local-dir", folder, "--repo-id", "internlm-tiny", *QUICK)
     assert code == 0, text
-    assert "0 files of 0.00B are new or changed, 12 the same, 0 deleted, 1 not touched." in text
+    assert f"0 files of 0.00B are new or changed, {len(SMALL_FILES) + 1} the same, 0 deleted, 1 kept." in text
     assert head(quiet_hub, "user/internlm-tiny") == before
     assert {method for method, _ in quiet_hub.log} == {"GET"}
 
@@ -222,21 +227,20 @@ def test_a_dry_run_shows_the_plan_and_writes_nothing(worker: Worker, quiet_hub: 
     assert plan["pytorch_model.bin"] == ["deleted", "-"]
     assert plan["tokenizer.json"][0] == "deleted"
     assert plan["notes/results.txt"][0] == "kept"
-    digest = subprocess.run(["sha256sum", folder / "model.safetensors"], capture_output=True, text=True).stdout.split()
-    assert plan["model.safetensors"][1] == digest[0]
+    assert plan["model.safetensors"][1] == digest(folder / "model.safetensors")
     assert {method for method, _ in quiet_hub.log} == {"GET"}
 
 
-def test_a_repository_of_others_is_overwritten_only_when_asked(worker: Worker, quiet_hub: Hub, folder: Path) -> None:
-    """Pickles and other tokenizers go, the owner's other files stay, and history keeps everything."""
+def test_another_tools_repository_is_overwritten_only_on_request(worker: Worker, quiet_hub: Hub, folder: Path) -> None:
+    """Pickles and other tokenizers are deleted, other files are kept, and the history keeps everything."""
     quiet_hub.add_repository(
         "user/mine", {"pytorch_model.bin": b"pickle", "modeling_old.py": b"", "photo.png": b"png"}
     )
     argv = (*ASSEMBLE, "--local-dir", folder, "--repo-id", "user/mine", *QUICK)
     before = head(quiet_hub, "user/mine")
     code, text = worker.run(*argv)
-    assert code == hub_errors.NameTaken.code
-    assert "was not made by this tool. Choose another --repo-id, or overwrite its files with --yes." in text
+    assert code == errors.NameTaken.code
+    assert "was not created by this tool. Choose another --repo-id, or overwrite its files with --yes." in text
     assert head(quiet_hub, "user/mine") == before
     code, text = worker.run(*argv, "--yes")
     assert code == 0, text
@@ -248,8 +252,8 @@ def test_a_repository_of_others_is_overwritten_only_when_asked(worker: Worker, q
     assert worker.run(*argv)[0] == 0  # and now the repository is this tool's
 
 
-def test_a_branch_and_a_pull_request(worker: Worker, quiet_hub: Hub, folder: Path) -> None:
-    """A new branch starts at main; a pull request leaves the branch alone and asks for no --yes."""
+def test_uploads_to_a_branch_and_to_a_pull_request(worker: Worker, quiet_hub: Hub, folder: Path) -> None:
+    """A new branch starts at main; a pull request leaves the branch unchanged and needs no --yes."""
     quiet_hub.add_repository("club/model", {"photo.png": b"png"})
     main = head(quiet_hub, "club/model")
     argv = (*ASSEMBLE, "--local-dir", folder, "--repo-id", "club/model", *QUICK)
@@ -262,18 +266,18 @@ def test_a_branch_and_a_pull_request(worker: Worker, quiet_hub: Hub, folder: Pat
     assert head(quiet_hub, "club/model") == main
 
 
-def test_public_is_public(worker: Worker, quiet_hub: Hub, folder: Path) -> None:
+def test_public_makes_the_repository_public(worker: Worker, quiet_hub: Hub, folder: Path) -> None:
     argv = (*ASSEMBLE, "--local-dir", folder, "--repo-id", "user/open", *QUICK, "--public")
     code, text = worker.run(*argv)
     assert code == 0, text
     assert not quiet_hub.repositories["user/open"].private
 
 
-# Failures: one message, an exit code, nothing lost, and a rerun that works
+# Failures: one message, an exit code, nothing lost, and a rerun that succeeds
 
 
 def move_target(hub: Hub, repo_id: str):
-    """A fault: somebody commits to the repository at this moment."""
+    """A fault: somebody else commits to the repository at this moment."""
 
     def act(request: object) -> None:
         repository = hub.repositories[repo_id]
@@ -284,115 +288,115 @@ def move_target(hub: Hub, repo_id: str):
 
 
 FAILURES = {
-    # name: (switches faults on, arguments, token, the error, its message)
-    "no token": (lambda hub: None, [], "", hub_errors.NotLoggedIn, "You are not logged in: run `hf auth login`"),
-    "wrong token": (lambda hub: None, [], "hf_wrong", hub_errors.NotLoggedIn, "does not accept the token"),
-    "read-only token": (lambda hub: None, [], "hf_reader", hub_errors.Forbidden, "The token may only read"),
-    "token without the right": (
+    # name: (adds faults, arguments, token, the error, its message)
+    "no token": (lambda hub: None, [], "", errors.NotLoggedIn, "You are not logged in: run `hf auth login`"),
+    "wrong token": (lambda hub: None, [], "hf_wrong", errors.NotLoggedIn, "does not accept the token"),
+    "read-only token": (lambda hub: None, [], "hf_reader", errors.Forbidden, "The token is read-only"),
+    "token without permission": (
         lambda hub: hub.on("POST", "/repos/create", answer(403, "You don't have the rights")),
         [],
         TOKEN,
-        hub_errors.Forbidden,
-        "The token may not do this (You don't have the rights)",
+        errors.Forbidden,
+        "The token lacks permission (You don't have the rights)",
     ),
     "unknown namespace": (
         lambda hub: None,
         ["--repo-id", "nobody/model"],
         TOKEN,
-        hub_errors.NotFound,
-        "nobody/model does not exist, and this token can make repositories under user, club only.",
+        errors.NotFound,
+        "nobody/model does not exist, and this token can create repositories under user, club only.",
     ),
-    "namespace gone when it is needed": (
+    "namespace deleted in the meantime": (
         lambda hub: hub.on("POST", "/repos/create", answer(404, "No such namespace")),
         [],
         TOKEN,
-        hub_errors.NotFound,
-        "The Hub knows no such place (No such namespace)",
+        errors.NotFound,
+        "The Hub found nothing there (No such namespace)",
     ),
     "name taken": (
         lambda hub: hub.on("POST", "/repos/create", answer(409, "You already created this model repo")),
         [],
         TOKEN,
-        hub_errors.NameTaken,
-        "exists already, and this token may not see it",
+        errors.NameTaken,
+        "exists already, and this token cannot read it",
     ),
     "not a name": (
         lambda hub: None,
         ["--repo-id", "user/a--b"],
         TOKEN,
-        hub_errors.InputError,
+        errors.InputError,
         "--repo-id user/a--b: ",
     ),
     "server down at the start": (
         lambda hub: hub.on("GET", "/whoami", answer(503, "maintenance")),
         [],
         TOKEN,
-        hub_errors.ServerFailed,
+        errors.ServerFailed,
         "The Hub answered 503 at /api/whoami-v2 (maintenance)",
     ),
     "no network at the start": (
         lambda hub: hub.on("GET", "/whoami", drop()),
         [],
         TOKEN,
-        hub_errors.NetworkLost,
+        errors.NetworkLost,
         "The connection to the Hub was lost",
     ),
     "server down at the commit": (
         lambda hub: hub.on("POST", "/commit/", answer(500, "internal"), times=3),
         [],
         TOKEN,
-        hub_errors.ServerFailed,
-        "/commit/main (internal): run this again later, it continues.",
+        errors.ServerFailed,
+        "/commit/main (internal): run the same command again later to resume.",
     ),
     "network down at the commit": (
         lambda hub: hub.on("POST", "/commit/", drop(after=1000), times=3),
         [],
         TOKEN,
-        hub_errors.NetworkLost,
-        "files that arrived are not sent again",
+        errors.NetworkLost,
+        "finished files are not sent again",
     ),
     "card refused": (
         lambda hub: None,
         ["--card", "CARD"],
         TOKEN,
-        hub_errors.LocalCheckFailed,
-        "README.md: its front matter, between two lines ---, must give a license at least.",
+        errors.LocalCheckFailed,
+        "README.md: its front matter, between two lines ---, must give at least a license.",
     ),
     "card refused by the Hub": (
         lambda hub: None,
         ["--card", "FLOW"],
         TOKEN,
-        hub_errors.LocalCheckFailed,
+        errors.LocalCheckFailed,
         "The Hub does not accept the card: ",
     ),
     "target moved after the plan": (
         lambda hub: hub.on("POST", "/preupload/", move_target(hub, "user/failing")),
         [],
         TOKEN,
-        hub_errors.TargetMoved,
-        "Somebody committed to user/failing (main) meanwhile: run this again.",
+        errors.TargetMoved,
+        "Somebody committed to user/failing (main) in the meantime: run the same command again.",
     ),
     "target moved at the commit": (
         lambda hub: hub.on("POST", "/commit/", move_target(hub, "user/failing")),
         [],
         TOKEN,
-        hub_errors.TargetMoved,
-        "Somebody committed to the target meanwhile",
+        errors.TargetMoved,
+        "Somebody committed to the target in the meantime",
     ),
 }
 
 
 @pytest.mark.parametrize("name", FAILURES)
-def test_failures_have_one_message_and_a_rerun_works(
+def test_a_failure_has_one_message_and_a_rerun_succeeds(
     name: str, worker: Worker, quiet_hub: Hub, folder: Path, tmp_path: Path
 ) -> None:
-    """Whatever fails, nothing is committed, and the same command succeeds when the cause is gone."""
+    """Nothing is committed, and the same command succeeds once the cause is gone."""
     (tmp_path / "card.md").write_text("# No front matter\n")
     quiet_hub.repositories.pop("user/failing", None)
-    switch_on, more, token, error, message = FAILURES[name]
-    switch_on(quiet_hub)
+    add_fault, more, token, error, message = FAILURES[name]
+    add_fault(quiet_hub)
     argv = [*ASSEMBLE, "--local-dir", folder, "--repo-id", "user/failing", *QUICK]
-    (tmp_path / "flow.md").write_text("---\n{license: mit}\n---\n")  # YAML, but not as the Hub of the tests wants it
+    (tmp_path / "flow.md").write_text("---\n{license: mit}\n---\n")  # YAML that the tests' Hub refuses
     cards = {"CARD": tmp_path / "card.md", "FLOW": tmp_path / "flow.md"}
     more = [cards.get(word, word) for word in more]
     code, text = worker.run(*argv, *more, token=token)
@@ -408,8 +412,8 @@ def test_failures_have_one_message_and_a_rerun_works(
 
 
 @pytest.mark.parametrize("fault", [drop(after=1000), lose_answer, answer(502, "bad gateway")])
-def test_a_commit_whose_answer_is_lost_is_made_once(fault, worker: Worker, quiet_hub: Hub, folder: Path) -> None:
-    """The client does not repeat a commit; this tool does, after a look at whether it arrived."""
+def test_a_commit_whose_answer_is_lost_is_not_repeated(fault, worker: Worker, quiet_hub: Hub, folder: Path) -> None:
+    """The client does not retry a commit; this tool does, after checking whether it arrived."""
     quiet_hub.repositories.pop("user/lost", None)
     quiet_hub.on("POST", "/commit/", fault)
     code, text = worker.run(*ASSEMBLE, "--local-dir", folder, "--repo-id", "user/lost", *QUICK)
@@ -425,11 +429,11 @@ def test_files_that_differ_after_the_commit_are_found(worker: Worker, quiet_hub:
         repository.commits[repository.heads["main"]].files.pop("LICENSE")
 
     quiet_hub.add_repository("user/tampered")
-    quiet_hub.on("GET", "/tree/", lambda request: None, times=2)  # the two looks before the commit
+    quiet_hub.on("GET", "/tree/", lambda request: None, times=2)  # the two fetches before the commit
     quiet_hub.on("GET", "/tree/", tamper)
     code, text = worker.run(*ASSEMBLE, "--local-dir", folder, "--repo-id", "user/tampered", *QUICK)
-    assert code == hub_errors.RemoteCheckFailed.code
-    assert "is not what was sent (LICENSE): run this again." in text
+    assert code == errors.RemoteCheckFailed.code
+    assert "is not what was sent (LICENSE): run the same command again." in text
 
 
 def sharded(folder: Path) -> Path:
@@ -442,10 +446,10 @@ def sharded(folder: Path) -> Path:
     return folder
 
 
-def test_a_killed_upload_continues_without_sending_finished_files_again(
+def test_a_killed_upload_resumes_without_sending_finished_files_again(
     worker: Worker, quiet_hub: Hub, home: Path, tmp_path: Path
 ) -> None:
-    """SIGKILL while the last shard is on its way; before that the connection broke once in another one."""
+    """SIGKILL while the last shard is being sent; earlier, the connection broke once in another shard."""
     weights, local = sharded(tmp_path / "sharded"), tmp_path / "out"
     argv = ["--weights", weights, *ASSEMBLE[2:], "--local-dir", local, "--repo-id", "user/killed", *QUICK]
     objects = {name: digest(weights / name) for name in sorted(os.listdir(weights)) if name.endswith(".safetensors")}
@@ -476,10 +480,10 @@ def digest(path: Path) -> str:
     return subprocess.run(["sha256sum", path], capture_output=True, text=True, check=True).stdout.split()[0]
 
 
-def test_ctrl_c_in_the_middle_of_a_file_ends_at_once(
+def test_ctrl_c_in_the_middle_of_a_file_exits_at_once(
     quiet_hub: Hub, home: Path, folder: Path, uploaded: object
 ) -> None:
-    """The client alone would first send to the end what it has begun."""
+    """The client alone would first finish the files that it has started."""
     weights = folder / "model.safetensors"
     kept = quiet_hub.objects.pop(digest(weights))
     hold = Hold()
@@ -490,18 +494,18 @@ def test_ctrl_c_in_the_middle_of_a_file_ends_at_once(
     text, _ = process.communicate(timeout=5)
     hold.release.set()
     quiet_hub.objects[digest(weights)] = kept
-    assert process.returncode == hub_errors.INTERRUPTED
-    assert text.endswith("Interrupted: run the same command again, it continues.\n")
+    assert process.returncode == errors.INTERRUPTED
+    assert text.endswith("Interrupted: run the same command again to resume.\n")
     assert "Traceback" not in text
     assert len(quiet_hub.repositories["user/interrupted"].commits) == 1
 
 
-def test_a_connection_that_stays_away_is_reported_after_the_retries(unreachable: tuple[Hub, Worker]) -> None:
-    """Last, because the client tries for half a minute; the file that dropped was sent six times."""
+def test_a_lost_connection_is_reported_after_the_retries(unreachable: tuple[Hub, Worker]) -> None:
+    """Last, because the client retries for half a minute; it sends the dropped file six times."""
     hub, worker = unreachable
     code, text = worker.receive()
-    assert code == hub_errors.NetworkLost.code
-    assert "run the same command again, files that arrived are not sent again." in text
+    assert code == errors.NetworkLost.code
+    assert "run the same command again, finished files are not sent again." in text
     assert "Traceback" not in text
     assert hub.count("PUT", "/lfs/") >= 6
     assert len(hub.repositories["user/dropped"].commits) == 1
@@ -511,7 +515,7 @@ def test_a_connection_that_stays_away_is_reported_after_the_retries(unreachable:
 
 
 def run_here(*argv: object) -> tuple[int, str]:
-    """The command line in this process, for what does not reach the Hub."""
+    """Run the command line in this process, where the Hub is not involved."""
     text = io.StringIO()
     with contextlib.redirect_stdout(text), contextlib.redirect_stderr(text):
         try:
@@ -521,18 +525,18 @@ def run_here(*argv: object) -> tuple[int, str]:
     return code, text.getvalue()
 
 
-def test_alone_it_says_what_it_needs() -> None:
+def test_without_arguments_it_says_what_it_needs() -> None:
     code, text = run_here()
     assert code == 2
     assert "give --weights FOLDER (the old checkpoint), and --repo-id NAMESPACE/NAME" in text
     assert "hf auth login" in text
 
 
-def test_without_its_packages_it_says_what_to_install() -> None:
-    """Python alone, as after a fresh clone: -S leaves the installed packages out."""
+def test_without_packages_it_says_what_to_install() -> None:
+    """Plain Python, as after a fresh clone: -S hides the installed packages."""
     command = [sys.executable, "-S", str(ROOT / "upload_to_hub.py")]
     child = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert child.returncode == hub_errors.InputError.code
+    assert child.returncode == errors.InputError.code
     assert child.stderr.startswith("upload_to_hub.py: torch, ")
     assert child.stderr.endswith(" missing: pip install -r requirements.txt\n")
 
@@ -540,36 +544,37 @@ def test_without_its_packages_it_says_what_to_install() -> None:
 def test_help_lists_every_option_and_exit_code() -> None:
     code, text = run_here("--help")
     assert code == 0
-    codes = [error.code for error in hub_errors.UploadError.__subclasses__()]
+    codes = [error.code for error in errors.UploadError.__subclasses__()]
     assert len(set(codes)) == len(codes) == 11
-    for code in (0, 1, 2, hub_errors.INTERRUPTED, *codes):
+    for code in (0, 1, 2, errors.INTERRUPTED, *codes):
         assert f"\n  {code:3}  " in text
     assert all(name in text.replace("\n", "").replace(" ", "") for name in variants())
 
 
 def test_it_asks_before_overwriting(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a terminal it asks; elsewhere it refuses."""
+    """On a terminal it asks; otherwise it refuses."""
     target = SimpleNamespace(foreign=True, repo_id="a/b", revision="main")
     arguments = SimpleNamespace(yes=False, create_pr=False)
     asked: list[str] = []
     monkeypatch.setattr("sys.stdin", SimpleNamespace(isatty=lambda: True))
     monkeypatch.setattr("builtins.input", lambda question: asked.append(question) or "y")
     upload_to_hub._confirm(target, arguments)
-    assert asked == ["a/b (main) holds files, and was not made by this tool. Overwrite? [y/N] "]
+    assert asked == ["a/b (main) holds files, and was not created by this tool. Overwrite? [y/N] "]
     monkeypatch.setattr("builtins.input", lambda question: "")
-    with pytest.raises(hub_errors.NameTaken):
+    with pytest.raises(errors.NameTaken):
         upload_to_hub._confirm(target, arguments)
 
 
-def test_a_mistake_in_the_tool_shows_a_traceback_without_the_token(monkeypatch: pytest.MonkeyPatch) -> None:
-    def mistake(*_: object) -> None:
+def test_a_bug_in_the_tool_shows_a_traceback_without_the_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    def bug(*_: object) -> None:
         raise RuntimeError(f"unexpected {TOKEN}")
 
     monkeypatch.setenv("HF_TOKEN", TOKEN)
-    monkeypatch.setattr(upload_to_hub, "_assemble", mistake)
+    monkeypatch.setattr(upload_to_hub, "_assemble", bug)
     code, text = run_here("--weights", TINY, "--local-dir", "unused")
     assert code == 1
     assert "RuntimeError: unexpected hf_***" in text
+    assert "This is a bug in this tool; please report the lines above." in text
     assert TOKEN not in text
 
 
@@ -593,7 +598,7 @@ SMALL = {
 
 
 def old_folder(folder: Path, **changes: object) -> Path:
-    """A folder of 2023: sharded pickles, the official tokenizer, a config.json in an old dialect."""
+    """A folder as of 2023: sharded pickles, the official tokenizer, a config.json in an old dialect."""
     config = {key: value for key, value in {**SMALL, **changes}.items() if value is not ...}
     state = {name: torch.ones(shape, dtype=torch.float16) for name, shape in expected_shapes(SMALL).items()}
     pickled_checkpoint(folder, state, config, inv_freq=True)
@@ -608,34 +613,34 @@ def old(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_folder_of_2023_becomes_a_repository(old: Path, tmp_path: Path) -> None:
-    """Pickles are converted; what the checkpoint says about itself stays, in today's form; the rest is ours."""
+    """Pickles are converted; the checkpoint's settings are kept, in today's form; the rest is this package's."""
     before = sorted(path.name for path in old.iterdir())
-    made = assemble(old, tmp_path / "out", "internlm-tiny", progress=False)
-    assert sorted(path.name for path in made.out.iterdir()) == sorted(made.files)
-    assert sorted(made.files) == sorted([*SMALL_FILES, "model.safetensors"])
-    check_files(made.out)
+    assembly = assemble(old, tmp_path / "out", "internlm-tiny", progress=False)
+    assert sorted(path.name for path in assembly.out.iterdir()) == sorted(assembly.files)
+    assert sorted(assembly.files) == sorted([*SMALL_FILES, "model.safetensors"])
+    check_files(assembly.out)
     assert sorted(path.name for path in old.iterdir()) == before
-    config = json.loads((made.out / "config.json").read_text())
+    config = json.loads((assembly.out / "config.json").read_text())
     assert config["rotary"] == {"type": "dynamic", "base": 10000.0, "scaling_factor": 1.0}
     assert (config["dtype"], config["bias"], config["pad_token_id"]) == ("float16", True, 0)
     assert config["auto_map"] == variant_config("internlm-20b")["auto_map"]
     assert not {"rope_theta", "rope_scaling", "torch_dtype"} & config.keys()
-    generation = json.loads((made.out / "generation_config.json").read_text())
+    generation = json.loads((assembly.out / "generation_config.json").read_text())
     assert generation == {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-    assert made.notes == [
-        "variant internlm-tiny, as asked",
+    assert assembly.notes == [
+        "variant internlm-tiny, as requested",
         "config.json: pad_token_id 2 becomes 0 (<unk>): a stop token must not pad",
     ]
 
 
 def test_weights_are_links_and_a_second_run_changes_nothing(tiny_dir: Path, tmp_path: Path) -> None:
-    made = assemble(TINY, tmp_path / "out", *ASSEMBLE[3:], progress=False)
-    assert os.path.samefile(TINY / "model.safetensors", made.out / "model.safetensors")
-    assert not os.path.samefile(ROOT / "LICENSE", made.out / "LICENSE")  # editing one must not change the other
-    before = (made.out / "model.safetensors").stat()
+    assembly = assemble(TINY, tmp_path / "out", *ASSEMBLE[3:], progress=False)
+    assert os.path.samefile(TINY / "model.safetensors", assembly.out / "model.safetensors")
+    assert not os.path.samefile(ROOT / "LICENSE", assembly.out / "LICENSE")  # editing one must not change the other
+    before = (assembly.out / "model.safetensors").stat()
     assemble(TINY, tmp_path / "out", *ASSEMBLE[3:], progress=False)
-    assert (made.out / "model.safetensors").stat() == before
-    assert all((tiny_dir / name).read_bytes() == (made.out / name).read_bytes() for name in made.files)
+    assert (assembly.out / "model.safetensors").stat() == before
+    assert all((tiny_dir / name).read_bytes() == (assembly.out / name).read_bytes() for name in assembly.files)
 
 
 def test_where_links_are_impossible_weights_are_copied_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -643,8 +648,8 @@ def test_where_links_are_impossible_weights_are_copied_once(tmp_path: Path, monk
         raise OSError(18, "Invalid cross-device link")
 
     monkeypatch.setattr(os, "link", no_link)
-    made = assemble(TINY, tmp_path / "out", *ASSEMBLE[3:], progress=False)
-    copied = made.out / "model.safetensors"
+    assembly = assemble(TINY, tmp_path / "out", *ASSEMBLE[3:], progress=False)
+    copied = assembly.out / "model.safetensors"
     assert copied.read_bytes() == (TINY / "model.safetensors").read_bytes()
     before = copied.stat().st_ino
     assemble(TINY, tmp_path / "out", *ASSEMBLE[3:], progress=False)
@@ -653,7 +658,7 @@ def test_where_links_are_impossible_weights_are_copied_once(tmp_path: Path, monk
 
 @contextlib.contextmanager
 def full_disk(room: int) -> Iterator[None]:
-    """Files may grow to `room` bytes: what is written beyond it fails as on a full disk."""
+    """Files may grow to `room` bytes: writing more fails as on a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
     try:
@@ -663,23 +668,23 @@ def full_disk(room: int) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("room", [1_000_000, 1_654_000])  # in the weights; in tokenizer.model
-def test_a_full_disk_leaves_nothing_half_written_and_a_rerun_continues(room: int, old: Path, tmp_path: Path) -> None:
+def test_a_full_disk_leaves_nothing_half_written_and_a_rerun_resumes(room: int, old: Path, tmp_path: Path) -> None:
     argv = ["--weights", old, "--variant", "internlm-tiny", "--local-dir", tmp_path / "out", "--no-verify-local"]
     with full_disk(room):
         code, text = run_here(*argv)
-    assert code == hub_errors.DiskFull.code, text
-    assert "Once there is room, the same command continues." in text
+    assert code == errors.DiskFull.code, text
+    assert "Once there is room, run the same command again to resume." in text
     assert not list((tmp_path / "out").glob("*.partial"))
     code, text = run_here(*argv)
     assert code == 0, text
     check_files(tmp_path / "out")
 
 
-def test_too_small_a_disk_is_found_before_anything_is_written(
+def test_a_disk_without_room_is_found_before_anything_is_written(
     old: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
-    with pytest.raises(hub_errors.DiskFull, match="has 0.00 GB free, and 0.00 GB are needed"):
+    with pytest.raises(errors.DiskFull, match="has 0.00 GB free, and 0.00 GB are needed"):
         assemble(old, tmp_path / "out", "internlm-tiny", progress=False)
     assert list((tmp_path / "out").iterdir()) == []
 
@@ -696,7 +701,7 @@ def break_config(folder: Path, **changes: object) -> None:
 BAD_FOLDERS = {
     "no config": (lambda f: (f / "config.json").unlink(), "config.json"),
     "config is a pointer": (lambda f: pointer(f / "config.json"), "config.json is a Git LFS pointer"),
-    "another model": (lambda f: break_config(f, model_type="internlm2"), "says model_type='internlm2'"),
+    "another model": (lambda f: break_config(f, model_type="internlm2"), "has model_type='internlm2'"),
     "quantised": (lambda f: break_config(f, quantization_config={}), "is quantised: give the unquantised"),
     "a field out of range": (lambda f: break_config(f, rms_norm_eps=-1), "rms_norm_eps=-1 is not allowed"),
     "no tokenizer": (lambda f: (f / "tokenizer.model").unlink(), "tokenizer.model is missing: put InternLM's there"),
@@ -706,8 +711,8 @@ BAD_FOLDERS = {
     "no weights": (lambda f: [path.unlink() for path in f.glob("pytorch*")], "holds no weights"),
     "a shard missing": (lambda f: sorted(f.glob("pytorch*.bin"))[0].unlink(), "is missing; fetch it again"),
     "a shard is a pointer": (lambda f: pointer(sorted(f.glob("pytorch*.bin"))[0]), "is a Git LFS pointer"),
-    "biases against the config": (lambda f: break_config(f, bias=False), 'set "bias": true'),
-    "safetensors is a pointer": (lambda f: pointer(f / "model.safetensors"), "is a Git LFS pointer, not the weights"),
+    "biases contradict the config": (lambda f: break_config(f, bias=False), 'set "bias": true'),
+    "safetensors is a pointer": (lambda f: pointer(f / "model.safetensors"), "model.safetensors is a Git LFS pointer"),
     "safetensors cut short": (
         lambda f: (f / "model.safetensors").write_bytes((TINY / "model.safetensors").read_bytes()[:-1]),
         "is truncated or not a weight file",
@@ -723,24 +728,24 @@ def test_a_bad_folder_gets_one_clear_message(name: str, old: Path, tmp_path: Pat
     spoil(weights)
     argv = ["--weights", weights, "--variant", "internlm-tiny", "--local-dir", tmp_path / "out", "--no-verify-local"]
     code, text = run_here(*argv)
-    assert code == hub_errors.InputError.code, text
+    assert code == errors.InputError.code, text
     assert message in text
     assert text.count("upload_to_hub.py: ") == 1 and "Traceback" not in text
 
 
-def test_what_lies_in_the_target_is_not_lost(old: Path, tmp_path: Path) -> None:
-    """Neither foreign files nor another checkpoint's weights, nor the weights themselves."""
+def test_files_in_the_target_are_not_lost(old: Path, tmp_path: Path) -> None:
+    """Neither foreign files, nor another checkpoint's weights, nor the source's weights."""
     (tmp_path / "thesis.tex").write_text("mine")
-    with pytest.raises(hub_errors.InputError, match="thesis.tex"):
+    with pytest.raises(errors.InputError, match="thesis.tex"):
         assemble(old, tmp_path, "internlm-tiny", progress=False)
     assert (tmp_path / "thesis.tex").read_text() == "mine"
-    with pytest.raises(hub_errors.InputError, match="is in use"):
+    with pytest.raises(errors.InputError, match="is in use"):
         assemble(old, old, "internlm-tiny", progress=False)
     other = tmp_path / "other"
     other.mkdir()
     save_file({"a": torch.ones(1)}, other / "model-00001-of-00002.safetensors")
     for weights in (old, TINY):  # converted, linked
-        with pytest.raises((hub_errors.InputError, ConversionError), match="holds .*model-00001-of-00002.safetensors"):
+        with pytest.raises((errors.InputError, ConversionError), match="holds .*model-00001-of-00002.safetensors"):
             assemble(weights, other, "internlm-tiny", progress=False)
     assert (other / "model-00001-of-00002.safetensors").exists()
 
@@ -766,34 +771,34 @@ def config_of(folder: Path, variant: str, **changes: object) -> tuple:
         ("internlm-7b-more-tokens", "internlm-7b", {"vocab_size": 103424}, "internlm-7b"),
     ],
 )
-def test_the_variant_is_found(name: str, variant: str, changes: dict, found: str, tmp_path: Path) -> None:
+def test_the_variant_is_detected(name: str, variant: str, changes: dict, found: str, tmp_path: Path) -> None:
     config, _ = config_of(tmp_path / name, variant, **changes)
     assert detect(tmp_path / name, config, None)[0] == found
 
 
-def test_a_variant_that_is_not_clear_is_asked_for(tmp_path: Path) -> None:
+def test_an_ambiguous_variant_must_be_given(tmp_path: Path) -> None:
     config, _ = config_of(tmp_path / "weights", "internlm-20b")
-    with pytest.raises(hub_errors.InputError, match="can be internlm-20b or internlm-chat-20b.*--variant"):
+    with pytest.raises(errors.InputError, match="can be internlm-20b or internlm-chat-20b.*--variant"):
         detect(tmp_path / "weights", config, None)
     assert detect(tmp_path / "weights", config, "internlm-chat-20b")[0] == "internlm-chat-20b"
-    with pytest.raises(hub_errors.InputError, match="is not internlm-7b"):
+    with pytest.raises(errors.InputError, match="is not internlm-7b"):
         detect(tmp_path / "weights", config, "internlm-7b")
-    with pytest.raises(hub_errors.InputError, match="--variant internlm-30b is unknown: choose one of internlm-20b"):
+    with pytest.raises(errors.InputError, match="--variant internlm-30b is unknown: choose one of internlm-20b"):
         detect(tmp_path / "weights", config, "internlm-30b")
     config, _ = config_of(tmp_path / "weights", "internlm-20b", num_hidden_layers=61)
-    with pytest.raises(hub_errors.InputError, match="has the sizes of no variant"):
+    with pytest.raises(errors.InputError, match="matches the sizes of no variant"):
         detect(tmp_path / "weights", config, None)
 
 
 def test_the_published_20b_config_becomes_ours() -> None:
-    """In 2023's dialect it says the same, except for the padding."""
+    """In 2023's dialect it means the same, except for the padding."""
     config, raw = load_config(GOLDEN / "hub_20b")
     notes: list[str] = []
     assert config_json("internlm-20b", config, raw, "float32", notes) == variant_config("internlm-20b")
     assert notes == ["config.json: pad_token_id 2 becomes 0 (<unk>): a stop token must not pad"]
 
 
-def test_a_fine_tuned_models_own_settings_stay_and_are_said(tmp_path: Path) -> None:
+def test_a_fine_tuned_models_settings_are_kept_and_reported(tmp_path: Path) -> None:
     changes = {"max_position_embeddings": 16384, "rotary": {"type": "origin", "base": 40889.9}, "vocab_size": 103424}
     config, raw = config_of(tmp_path / "internlm-20b", "internlm-20b", **changes)
     notes: list[str] = []
@@ -813,7 +818,7 @@ def test_chat_variants_stop_at_eoa_and_base_variants_do_not(variant: str) -> Non
     assert bool(notes) == ("chat" in variant)
 
 
-def test_sampling_settings_of_the_checkpoint_stay(tmp_path: Path) -> None:
+def test_the_checkpoints_sampling_settings_are_kept(tmp_path: Path) -> None:
     own = {"temperature": 0.5, "do_sample": True, "eos_token_id": [2, 103027], "transformers_version": "4.33.1"}
     (tmp_path / "generation_config.json").write_text(json.dumps(own))
     made = generation_json("internlm-chat-7b", tmp_path, GOLDEN / "tokenizer.model", [])
@@ -831,7 +836,7 @@ def test_sampling_settings_of_the_checkpoint_stay(tmp_path: Path) -> None:
         ("tokenizer.json", {"added_tokens": [{"id": 2048, "content": "<|a|>", "special": True}]}),
     ],
 )
-def test_tokens_added_to_a_tokenizer_stay(file: str, content: dict, tiny_dir: Path, tmp_path: Path) -> None:
+def test_tokens_added_to_a_tokenizer_are_kept(file: str, content: dict, tiny_dir: Path, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
     own, made = tmp_path / "own", tmp_path / "made"
@@ -847,15 +852,15 @@ def test_tokens_added_to_a_tokenizer_stay(file: str, content: dict, tiny_dir: Pa
     assert tokenizer.decode([2048]) == "<|a|>"
 
 
-def test_added_tokens_with_a_gap_or_without_a_row_are_refused(tmp_path: Path) -> None:
+def test_added_tokens_with_a_gap_or_beyond_the_vocabulary_are_refused(tmp_path: Path) -> None:
     for number, vocab_size in ((2050, 2112), (2048, 2048)):
         (tmp_path / "added_tokens.json").write_text(json.dumps({"<|a|>": number}))
-        with pytest.raises(hub_errors.InputError, match="must follow the 2048 pieces"):
+        with pytest.raises(errors.InputError, match="must follow the 2048 pieces"):
             tokenizer_json(tmp_path, 2048, vocab_size, [])
 
 
 @pytest.mark.parametrize("variant", variants())
-def test_the_card_is_the_variants(variant: str) -> None:
+def test_the_card_describes_the_variant(variant: str) -> None:
     """Name, base model, snippets and sections; no link to a file that is not uploaded."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     card = fill_in_card(text, variant, variant_config(variant), f"me/{variant}")
@@ -875,8 +880,31 @@ def test_the_card_is_the_variants(variant: str) -> None:
 # The check of a folder
 
 
+def reachable_modules(folder: Path) -> set[str]:
+    """The modules that are reached by relative imports from the classes in the auto_maps."""
+    found: set[str] = set()
+    maps = [json.loads((folder / name).read_text())["auto_map"] for name in ("config.json", "tokenizer_config.json")]
+    entries = [entry for auto_map in maps for entry in auto_map.values()]
+    references = [name for entry in entries for name in (entry if isinstance(entry, list) else [entry]) if name]
+    open_modules = {reference.split(".")[0] for reference in references}
+    while open_modules:
+        module = open_modules.pop()
+        found.add(f"{module}.py")
+        nodes = ast.walk(ast.parse((folder / f"{module}.py").read_text(encoding="utf-8")))
+        for node in (node for node in nodes if isinstance(node, ast.ImportFrom) and node.level):
+            imported = [node.module] if node.module else [alias.name for alias in node.names]
+            open_modules |= {name for name in imported if f"{name}.py" not in found}
+    return found
+
+
+def test_a_folder_holds_exactly_the_modules_that_its_classes_import(tiny_dir: Path) -> None:
+    """No module is missing, and none is uploaded that nothing loads."""
+    modules = {path.name for path in tiny_dir.glob("*.py")}
+    assert modules == reachable_modules(tiny_dir) == set(MODULES)
+
+
 def replace(path: Path, old_text: str, new_text: str) -> None:
-    """Change a file of an assembled folder, which may be a link: never in place."""
+    """Change a file of an assembled folder. It may be a link, so never in place."""
     content = path.read_text(encoding="utf-8")
     assert old_text in content
     path.unlink()
@@ -884,7 +912,10 @@ def replace(path: Path, old_text: str, new_text: str) -> None:
 
 
 UNSOUND = {
-    "a pickle": (lambda f: (f / "pytorch_model.bin").write_bytes(b""), "does not belong.*pytorch_model.bin"),
+    "a pickle": (
+        lambda f: (f / "pytorch_model.bin").write_bytes(b""),
+        "do not belong.*pytorch_model.bin",
+    ),
     "a file missing": (lambda f: (f / "LICENSE").unlink(), "lacks LICENSE"),
     "a pointer": (lambda f: pointer(f / "tokenizer.model"), "Git LFS pointers instead of files: tokenizer.model"),
     "auto_map": (
@@ -895,7 +926,19 @@ UNSOUND = {
         lambda f: replace(f / "modeling_internlm.py", "import threading", "import einops.layers"),
         r"modeling_internlm.py, line \d+: users may not have einops.layers",
     ),
-    "card": (lambda f: replace(f / "README.md", "license: ", "licence: "), "must give a license"),
+    "a missing sibling": (
+        lambda f: replace(f / "modeling_internlm.py", "import threading", "from .absent_internlm import absent"),
+        r"modeling_internlm.py, line \d+: imports .absent_internlm, but the folder lacks absent_internlm.py",
+    ),
+    "a sibling imported from the package": (
+        lambda f: replace(f / "modeling_internlm.py", "import threading", "from . import absent_internlm"),
+        r"modeling_internlm.py, line \d+: imports .absent_internlm, but the folder lacks absent_internlm.py",
+    ),
+    "a sibling in the parent package": (
+        lambda f: replace(f / "modeling_internlm.py", "import threading", "from ..tools import package"),
+        r"modeling_internlm.py, line \d+: imports ..tools, but the folder lacks",
+    ),
+    "card": (lambda f: replace(f / "README.md", "license: ", "licence: "), "must give at least a license"),
     "card's yaml": (lambda f: replace(f / "README.md", "license: ", "license: ["), "README.md: its front matter"),
     "another config": (
         lambda f: replace(f / "config.json", '"num_hidden_layers": 2', '"num_hidden_layers": 3'),
@@ -907,22 +950,22 @@ UNSOUND = {
 @pytest.mark.parametrize("name", UNSOUND)
 def test_an_unsound_folder_is_not_uploaded(name: str, old: Path, tmp_path: Path) -> None:
     spoil, message = UNSOUND[name]
-    made = assemble(old, tmp_path / "out", "internlm-tiny", progress=False)
-    check_files(made.out)
-    spoil(made.out)
-    with pytest.raises((hub_errors.LocalCheckFailed, ConversionError), match=message):
-        check_files(made.out)
+    assembly = assemble(old, tmp_path / "out", "internlm-tiny", progress=False)
+    check_files(assembly.out)
+    spoil(assembly.out)
+    with pytest.raises((errors.LocalCheckFailed, ConversionError), match=message):
+        check_files(assembly.out)
 
 
-def test_damaged_numbers_are_found(tmp_path: Path) -> None:
+def test_nan_in_the_weights_is_found(tmp_path: Path) -> None:
     save_file({"good": torch.ones(3), "bad": torch.tensor([1.0, float("nan")])}, tmp_path / "model.safetensors")
-    with pytest.raises(hub_errors.LocalCheckFailed, match="bad holds NaN or infinite values"):
-        _check_finite(tmp_path)
+    with pytest.raises(ConversionError, match="bad holds NaN or infinite values"):
+        check_values(tmp_path)
 
 
-def test_a_folder_that_does_not_load_is_reported_by_its_own_error(old: Path, tmp_path: Path) -> None:
+def test_a_folder_that_does_not_load_is_reported_with_its_error(old: Path, tmp_path: Path) -> None:
     """The fresh process's message, in one line."""
-    made = assemble(old, tmp_path / "out", "internlm-tiny", progress=False)
-    replace(made.out / "modeling_internlm.py", "import threading", "raise RuntimeError('broken on purpose')")
-    with pytest.raises(hub_errors.LocalCheckFailed, match="does not load: RuntimeError: broken on purpose"):
-        check_loading(str(made.out))
+    assembly = assemble(old, tmp_path / "out", "internlm-tiny", progress=False)
+    replace(assembly.out / "modeling_internlm.py", "import threading", "raise RuntimeError('broken on purpose')")
+    with pytest.raises(errors.LocalCheckFailed, match="does not load: RuntimeError: broken on purpose"):
+        check_loading(str(assembly.out))

@@ -1,4 +1,4 @@
-"""Every variant's small files: the published facts, and the full-size model that they describe, without storage."""
+"""Every variant's small files: the published facts, and the full-size model they describe, on the meta device."""
 
 import json
 from pathlib import Path
@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from tools.convert_files import expected_shapes
+from tools.convert.tensors import expected_shapes
+
+from support.paths import ROOT
 
 
-ROOT = Path(__file__).resolve().parents[1]
 VARIANTS = ROOT / "variants"
 
 # name: layers, hidden, heads, intermediate, bias, window, prompt format (None: a base model)
@@ -58,7 +59,7 @@ def test_config_holds_the_published_facts(name):
     assert expected["tie_word_embeddings"] is False and hidden // heads == 128
 
 
-def test_the_root_is_the_20b():
+def test_the_root_config_is_the_20bs():
     assert read(ROOT / "config.json") == read(VARIANTS / "internlm-20b" / "config.json")
 
 
@@ -96,7 +97,7 @@ def test_full_size_model_has_the_published_parameters(name, modeling, configurat
         expected |= {f"{layer}mlp.{key}_proj.weight": (middle, hidden) for key in ("gate", "up")}
         expected[f"{layer}mlp.down_proj.weight"] = (hidden, middle)
     assert found == expected
-    # What the conversion tools compare checkpoints with.
+    # The shapes with which the conversion tools compare checkpoints.
     assert expected_shapes(read(VARIANTS / name / "config.json")) == expected
 
 
@@ -109,7 +110,7 @@ def test_20b_equals_the_published_index(modeling, configuration):
 
 
 def test_published_20b_config_means_the_same(configuration):
-    """The config.json of 2023 (dialect rope_theta, pad 2) gives the sizes and rotary setting of ours."""
+    """The config.json of 2023 (dialect rope_theta, pad 2) gives our sizes and rotary setting."""
     published = read(ROOT / "tests" / "golden" / "hub_20b" / "config.json")
     theirs, ours = (configuration.InternLMConfig(**fields) for fields in (published, read(ROOT / "config.json")))
     assert theirs.rotary == ours.rotary
@@ -122,7 +123,7 @@ def test_published_20b_config_means_the_same(configuration):
     }
 
 
-def test_readme_table_agrees():
+def test_the_readme_table_agrees():
     rows = {}
     for line in (VARIANTS / "README.md").read_text(encoding="utf-8").splitlines():
         cells = [cell.strip() for cell in line.strip("|").split("|")]

@@ -5,7 +5,7 @@
     convert_checkpoint.py llama SOURCE TARGET ...       -> a LlamaForCausalLM, for engines that take no remote code
 
 The source is only read. Files appear in the target when they are complete; after an interruption, the same command
-goes on. Pickles are read as data: no code in them is ever run. Afterwards the result is read back and checked.
+resumes. Pickles are loaded as data: no code in them ever runs. Afterwards the result is read back and checked.
 """
 
 import argparse
@@ -16,30 +16,15 @@ from pathlib import Path
 from typing import Any
 
 
-if __package__ in (None, ""):  # started as a script: the folder above holds the package `tools`
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if __package__ in (None, ""):  # run as a script: import the package `tools`, not the modules beside this file
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from tools.convert_files import (
-    DEFAULT_SHARD_BYTES,
-    ConversionError,
-    Tensor,
-    check_shapes,
-    plan_shards,
-    read_json,
-    write_file,
-    write_json,
-    write_shards,
-)
-from tools.convert_hub import pickles_to_safetensors, plan_pickles
+from tools.convert.checkpoint import copy_small_files, plan_pickles
+from tools.convert.files import ConversionError, read_json, write_json
+from tools.convert.shards import DEFAULT_SHARD_BYTES, plan_shards, write_shards
+from tools.convert.tensors import Tensor, check_shapes, total_bytes
 
 
-__all__ = ["ConversionError", "main", "pickles_to_safetensors"]
-
-# Beside the weights, what a converted folder needs to be assembled into a repository by upload_to_hub.py.
-_SMALL_FILES = (
-    *("config.json", "generation_config.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"),
-    "chat_template.jinja",
-)
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
 
 
@@ -51,34 +36,20 @@ def _size(text: str) -> int:
 
 
 def _show_plan(shards: dict[str, list[Tensor]], args: argparse.Namespace, notes: list[str]) -> None:
-    print(f"{args.source} -> {args.target}: would be written, without --dry-run:")
+    print(f"{args.source} -> {args.target}: without --dry-run, this would be written:")
     for name, shard in shards.items():
-        print(f"  {name}  {len(shard)} tensors, {sum(tensor.nbytes for tensor in shard):,} bytes")
+        print(f"  {name}  {len(shard)} tensors, {total_bytes(shard):,} bytes")
     for note in notes:
         print(f"  {note}")
 
 
-def _copy_small_files(source: Path, target: Path) -> None:
-    if source.resolve() != target.resolve():
-        for name in _SMALL_FILES:
-            if (source / name).is_file():
-                write_file(target / name, iter([(source / name).read_bytes()]))
-
-
-def _internlm_loader(folder: Path, config: Any = None, **settings: Any) -> Callable:
-    from tools.convert_check import internlm
-
-    model = internlm("modeling").InternLMForCausalLM
-    return lambda dtype: model.from_pretrained(folder, config=config, dtype=dtype, **settings)
-
-
-def _report(tensors: list[Tensor], config: dict[str, Any], loaders: list[Callable], args: argparse.Namespace) -> None:
-    """Check what was written, and say so. The models are imported only here: planning needs none of them."""
-    from tools.convert_check import check_files, check_logits
+def _check(tensors: list[Tensor], config: dict[str, Any], loaders: list[Callable], args: argparse.Namespace) -> None:
+    """Check what was written, and print the result."""
+    from tools.convert.check import check_files, check_logits
 
     folder = args.target
     print(f"{folder}: {check_files(folder, config, tensors)}")
-    print(f"{folder}: {check_logits(loaders, folder) if args.check_logits else 'logits not compared, as you asked'}")
+    print(f"{folder}: {check_logits(loaders, folder) if args.check_logits else 'logits not compared, as requested'}")
 
 
 def convert_safetensors(args: argparse.Namespace) -> None:
@@ -87,21 +58,24 @@ def convert_safetensors(args: argparse.Namespace) -> None:
         _show_plan(plan_shards(tensors, args.max_shard_size), args, [])
         return
     write_shards(tensors, args.target, args.max_shard_size, args.progress)
-    _copy_small_files(args.source, args.target)
+    copy_small_files(args.source, args.target)
     if not (args.target / "config.json").is_file():
         print(f"{args.target}: written, but not checked, because {args.source} has no config.json; see variants/")
         return
-    loaders = [_internlm_loader(args.source, use_safetensors=False), _internlm_loader(args.target)]
-    _report(tensors, read_json(args.target / "config.json"), loaders, args)
+
+    from tools.convert.check import internlm_loader
+
+    loaders = [internlm_loader(args.source, use_safetensors=False), internlm_loader(args.target)]
+    _check(tensors, read_json(args.target / "config.json"), loaders, args)
 
 
 def convert_training(args: argparse.Namespace) -> None:
     import torch
 
-    from tools.convert_training import training_config, training_tensors
+    from tools.convert.training import training_config, training_tensors
 
     if (args.window is None) == (args.config is None):
-        raise ConversionError("Give one of --window and --config: the shards do not say how long a sequence was.")
+        raise ConversionError("Give one of --window and --config: the shards do not tell how long a sequence was.")
     tensors = training_tensors(args.source, args.dtype and getattr(torch, args.dtype))
     config = read_json(args.config) if args.config else training_config(args.source, tensors, args.window)
     check_shapes(tensors, config)
@@ -112,56 +86,45 @@ def convert_training(args: argparse.Namespace) -> None:
         return
     write_shards(tensors, args.target, args.max_shard_size, args.progress)
     write_json(args.target / "config.json", config)
-    _report(tensors, config, [_internlm_loader(args.target)], args)
+
+    from tools.convert.check import internlm_loader
+
+    _check(tensors, config, [internlm_loader(args.target)], args)
 
 
 def convert_llama(args: argparse.Namespace) -> None:
-    from transformers import LlamaForCausalLM
-
-    from tools import convert_llama as llama
+    from tools.convert.llama import plan_llama
 
     if args.source.resolve() == args.target.resolve():
-        raise ConversionError("The Llama copy needs a folder of its own: choose another target.")
-    settings = read_json(args.source / "config.json")
-    config = llama.llama_config(settings, args.context)
-    files = llama.llama_tokenizer(args.source) if args.tokenizer else {}
-    length, base = config["max_position_embeddings"], config["rope_theta"]
-    weights = llama.plan_weights(args.source, config)
-    notes = [f"window {length} tokens, base {base:.1f}", "tokenizer: " + (", ".join(files) or "none, as you asked")]
-    linked = isinstance(weights, dict)
-    tensors = [tensor for held in weights.values() for tensor in held] if linked else weights
-    config["torch_dtype"] = str(tensors[0].dtype).removeprefix("torch.")  # the name that every version reads
+        raise ConversionError("The Llama copy needs its own folder: choose another target.")
+    copy = plan_llama(args.source, args.context, args.tokenizer)
     if args.dry_run:
-        shards = {path.name: held for path, held in weights.items()} if linked else None
-        _show_plan(shards or plan_shards(weights, args.max_shard_size), args, notes)
+        _show_plan(copy.shards(args.max_shard_size), args, copy.notes)
         return
-    if linked:
-        llama.link_weights(weights, args.target, args.copy, args.progress)
-    else:
-        write_shards(weights, args.target, args.max_shard_size, args.progress)
-    for name, content in files.items():
-        write_file(args.target / name, iter([content]))
-    if (args.source / "generation_config.json").is_file():
-        content = (args.source / "generation_config.json").read_bytes()
-        write_file(args.target / "generation_config.json", iter([content]))
-    write_json(args.target / "config.json", config)  # last: without it the folder is no model
-    for note in notes:
+    copy.write(args.target, args.copy, args.max_shard_size, args.progress)
+    for note in copy.notes:
         print(f"{args.target}: {note}")
-    rotary = {"rotary": {"type": "origin", "base": base}, "max_position_embeddings": length}
-    without = {key: value for key, value in settings.items() if not key.startswith("rope_")}
-    ours = llama.internlm("configuration").InternLMConfig(**(without | rotary))
-    theirs = lambda dtype: LlamaForCausalLM.from_pretrained(args.target, dtype=dtype)  # noqa: E731
-    _report(tensors, config, [_internlm_loader(args.source, config=ours), theirs], args)
+
+    from tools.convert.check import internlm_loader, llama_loader
+
+    loaders = [internlm_loader(args.source, config=copy.internlm_config()), llama_loader(args.target)]
+    _check(copy.tensors, copy.config, loaders, args)
 
 
 def _common_options() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(add_help=False)
     add = parser.add_argument
     add("source", type=Path, metavar="SOURCE", help="folder to read; it is not changed")
-    add("target", type=Path, metavar="TARGET", help="folder to write; it is made if need be")
+    add("target", type=Path, metavar="TARGET", help="folder to write; it is created if necessary")
     add("--dry-run", action="store_true", help="check the source and show the plan; write nothing")
-    add("--max-shard-size", type=_size, default=DEFAULT_SHARD_BYTES, metavar="SIZE", help="of a file (default: 5GB)")
-    add("--no-logits", dest="check_logits", action="store_false", help="do not run the models to compare")
+    add(
+        "--max-shard-size",
+        type=_size,
+        default=DEFAULT_SHARD_BYTES,
+        metavar="SIZE",
+        help="of one file (default: 5GB)",
+    )
+    add("--no-logits", dest="check_logits", action="store_false", help="do not run the models to compare their logits")
     add("--quiet", dest="progress", action="store_false", help="no progress bars")
     return parser
 
@@ -181,7 +144,7 @@ def _parser() -> argparse.ArgumentParser:
         "safetensors",
         convert_safetensors,
         "pickled shards to safetensors",
-        "Write pytorch_model.bin, or its shards, as safetensors with an index. Stored rotary frequencies are dropped.",
+        "Write pytorch_model.bin, or its shards, as safetensors with an index. Stored inv_freq is dropped.",
     )
     add = add_command(
         "training",
@@ -194,14 +157,14 @@ def _parser() -> argparse.ArgumentParser:
         "--config",
         type=Path,
         metavar="FILE",
-        help="a finished config.json, for example variants/internlm-7b/config.json",
+        help="a complete config.json, for example variants/internlm-7b/config.json",
     )
-    add("--dtype", choices=("bfloat16", "float16", "float32"), help="convert to it (default: as stored)")
+    add("--dtype", choices=("bfloat16", "float16", "float32"), help="dtype to convert to (default: as stored)")
     add = add_command(
         "llama",
         convert_llama,
         "a copy as LlamaForCausalLM with tokenizer.json, for engines that take no remote code",
-        "Link the weights into a folder that says LlamaForCausalLM. Exact up to the window that its config.json says.",
+        "Link the weights into a folder that loads as a LlamaForCausalLM. Exact up to the window in its config.json.",
     )
     context_help = (
         "serve N tokens; beyond the trained window the base becomes dynamic NTK's at N (20B, 16384: 40889.9)"
@@ -220,12 +183,12 @@ def main(arguments: list[str] | None = None) -> int:
     except ConversionError as error:
         print(f"convert_checkpoint.py: {error}", file=sys.stderr)
         return 1
-    except OSError as error:  # no folder, or one that may not be read or written
-        reason = f"{error.filename}: {error.strerror}; name another folder." if error.filename else str(error)
+    except OSError as error:  # no such folder, or no permission
+        reason = f"{error.filename}: {error.strerror}; choose another folder." if error.filename else str(error)
         print(f"convert_checkpoint.py: {reason}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("convert_checkpoint.py: interrupted; run the same command again to go on.", file=sys.stderr)
+        print("convert_checkpoint.py: interrupted; run the same command again to resume.", file=sys.stderr)
         return 130
     return 0
 

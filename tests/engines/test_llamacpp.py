@@ -11,7 +11,7 @@ import torch
 from llama_cpp import GGML_TYPE_F32, Llama
 from transformers import LlamaForCausalLM
 
-from tools.convert_llama import llama_config, llama_tokenizer
+from tools.convert.llama import llama_config, llama_tokenizer
 
 from support.paths import GOLDEN, ROOT
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from tools.convert_llama import fixed_base
+from tools.convert.llama import fixed_base
 
 from support.openai_server import client_of, stop
 

@@ -1,4 +1,4 @@
-"""Small checkpoints in the forms of 2023, made from the golden ones: sharded pickles, and training checkpoints."""
+"""Small checkpoints in the formats of 2023, made from the golden ones: sharded pickles, training checkpoints."""
 
 import json
 import shutil
@@ -28,13 +28,13 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def official_config(source: Path, **changes: Any) -> dict[str, Any]:
-    """A golden config.json with changes; a field that is changed to `...` is left out."""
+    """A golden config.json with changes; a field that is changed to `...` is removed."""
     config = {**json.loads((source / "config.json").read_text()), **changes}
     return {key: value for key, value in config.items() if value is not ...}
 
 
 def add_modules(folder: Path) -> None:
-    """Put the modules beside a checkpoint, as its owner does."""
+    """Copy the uploaded modules into a checkpoint's folder."""
     for module in MODULES:
         shutil.copy(ROOT / module, folder)
 
@@ -44,15 +44,15 @@ def pickled_checkpoint(
 ) -> Path:
     """A folder as it was published in 2023: config.json, an index, and `shards` pickles.
 
-    With `inv_freq`, every layer also has its rotary frequencies in half precision, as some 7B checkpoints have.
+    With `inv_freq`, every layer also stores its inv_freq in half precision, as in some 7B checkpoints.
     """
     folder.mkdir(parents=True, exist_ok=True)
     state = dict(state)
     if inv_freq:
         width = config["hidden_size"] // config["num_attention_heads"]
-        frequencies = 10000.0 ** -(torch.arange(0, width, 2).float() / width)
+        stored = 10000.0 ** -(torch.arange(0, width, 2).float() / width)
         for layer in range(config["num_hidden_layers"]):
-            state[f"model.layers.{layer}.self_attn.rotary_emb.inv_freq"] = frequencies.half()
+            state[f"model.layers.{layer}.self_attn.rotary_emb.inv_freq"] = stored.half()
     write_json(folder / "config.json", config)
     names = sorted(state)
     step = -(-len(names) // shards)
@@ -68,7 +68,7 @@ def pickled_checkpoint(
 
 
 def _training_names(state: dict[str, torch.Tensor], layers: range) -> dict[str, torch.Tensor]:
-    """Some layers of a model as the training code names and fuses them, counted from 0."""
+    """Some layers of a model as the training code names and fuses them, numbered from 0."""
     names = {
         "input_layernorm.weight": "norm1.weight",
         "post_attention_layernorm.weight": "norm2.weight",
@@ -91,7 +91,7 @@ def _training_names(state: dict[str, torch.Tensor], layers: range) -> dict[str, 
 
 
 def _rank_share(name: str, value: torch.Tensor, rank: int, ranks: int, split_hidden: bool) -> torch.Tensor | None:
-    """What one tensor-parallel rank holds of a tensor; None where it holds nothing."""
+    """One tensor-parallel rank's share of a tensor; None where it has none."""
     if "Wqkv" in name:
         return value.chunk(ranks, 1)[rank].flatten(0, 1)
     if name.endswith("out_proj.bias"):
@@ -115,15 +115,15 @@ def training_checkpoint(
     """A training run's folder: `model_tp{t}_pp{p}.pt` of a model split `ranks` by `stages` by `chunks` ways."""
     folder.mkdir(parents=True, exist_ok=True)
     embedding = "embedding.weight" if split_hidden else "embedding.word_embeddings.weight"
-    bounds = [layers * place // (stages * chunks) for place in range(stages * chunks + 1)]
+    bounds = [layers * index // (stages * chunks) for index in range(stages * chunks + 1)]
     files: dict[tuple[int, int], dict[str, torch.Tensor]] = {}
     for chunk in range(chunks):
         for stage in range(stages):
-            place = chunk * stages + stage
-            part = _training_names(state, range(bounds[place], bounds[place + 1]))
-            if place == 0:
+            index = chunk * stages + stage
+            part = _training_names(state, range(bounds[index], bounds[index + 1]))
+            if index == 0:
                 part[embedding] = state["model.embed_tokens.weight"]
-            if place == stages * chunks - 1:
+            if index == stages * chunks - 1:
                 part |= {"norm.weight": state["model.norm.weight"], "head.weight": state["lm_head.weight"]}
             prefix = "model." if chunks == 1 else f"{chunk}.model."
             for rank in range(ranks):

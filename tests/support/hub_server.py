@@ -1,8 +1,8 @@
-"""A small Hugging Face Hub for the loopback interface: enough for huggingface_hub to upload and download for real.
+"""A small Hugging Face Hub on the loopback interface, to which the real huggingface_hub uploads and downloads.
 
 Repositories with commits, branches, pull requests and visibility; users with tokens and roles; files in git or in LFS,
-in one part or in several. Everything lives in memory. `Hub.on` switches a fault on: an answer, a dropped connection,
-a pause, or whatever a test wants to happen at that moment.
+in one part or several. Everything is kept in memory. `Hub.on` adds a fault: an error status, a dropped connection, a
+pause, or any function that a test wants to run at that moment.
 
     with Hub() as hub:
         hub.on("PUT", "/lfs/", answer(503), times=2)
@@ -66,7 +66,7 @@ class Repository:
 
 
 class Answer(Exception):
-    """Ends a request with a status, and with headers and a body as the Hub has them."""
+    """Ends a request with a status, and with the Hub's error headers and body."""
 
     def __init__(self, status: int, message: str = "", code: str | None = None):
         super().__init__(message)
@@ -78,7 +78,7 @@ class Dropped(Exception):
 
 
 def answer(status: int, message: str = "", code: str | None = None) -> Callable[["Request"], None]:
-    """A fault: this answer."""
+    """A fault: an error status."""
 
     def act(request: "Request") -> None:
         request.body()
@@ -88,7 +88,7 @@ def answer(status: int, message: str = "", code: str | None = None) -> Callable[
 
 
 def drop(after: int = 0) -> Callable[["Request"], None]:
-    """A fault: the connection ends after so many bytes of the request's body, and before its end."""
+    """A fault: the connection closes after `after` bytes of the request's body, at the latest after half of it."""
 
     def act(request: "Request") -> None:
         request.rfile.read(min(after, int(request.headers.get("Content-Length") or 0) // 2))
@@ -98,12 +98,12 @@ def drop(after: int = 0) -> Callable[["Request"], None]:
 
 
 def lose_answer(request: "Request") -> None:
-    """A fault: the request does its work, but the connection ends before the answer."""
+    """A fault: the request takes effect, but the connection closes before the answer."""
     request.lost = True
 
 
 class Hold:
-    """A fault: the request waits. `reached` is set when it has come, and it goes on when the test sets `release`."""
+    """A fault: the request blocks. It sets `reached`, and is dropped once the test sets `release`."""
 
     def __init__(self) -> None:
         self.reached, self.release = threading.Event(), threading.Event()
@@ -147,17 +147,17 @@ class Hub:
         self.server.server_close()
 
     def on(self, method: str, path: str, act: Callable[["Request"], None], times: int = 1) -> None:
-        """Let `act` meet the next `times` requests whose path (query included) matches the expression `path`."""
+        """Run `act` on the next `times` requests whose path (query included) matches the regular expression `path`."""
         with self.lock:
             self.faults.append(_Fault(method, re.compile(path), act, times))
 
     def count(self, method: str, path: str) -> int:
-        """How many such requests came since the log was last cleared."""
+        """The number of such requests since the log was last cleared."""
         with self.lock:
             return sum(m == method and re.search(path, p) is not None for m, p in self.log)
 
     def add_repository(self, repo_id: str, files: dict[str, bytes] | None = None, private: bool = False) -> Repository:
-        """A repository as the Hub's web page makes it, with more files if wanted."""
+        """A repository as created on the Hub's web page, optionally with more files."""
         repository = self.repositories[repo_id] = Repository(private)
         tree = {".gitattributes": File(b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n")}
         tree |= {path: File(content) for path, content in (files or {}).items()}
@@ -185,7 +185,7 @@ def _git_sha1(content: bytes) -> str:
 
 
 class Request(BaseHTTPRequestHandler):
-    """One connection. `ROUTES` at the end says which method answers what."""
+    """One connection. `ROUTES`, at the end, maps requests to methods."""
 
     hub: Hub
     protocol_version = "HTTP/1.1"
@@ -208,12 +208,12 @@ class Request(BaseHTTPRequestHandler):
             if len(content) < length:
                 raise Dropped  # the client was killed
             return content
-        pieces = []
+        chunks = []
         while size := int(self.rfile.readline() or b"0", 16):
-            pieces.append(self.rfile.read(size))
+            chunks.append(self.rfile.read(size))
             self.rfile.readline()
         self.rfile.readline()
-        return b"".join(pieces)
+        return b"".join(chunks)
 
     def json(self) -> Any:
         return json.loads(self.body())

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 import upload_to_hub
 from tools import convert_checkpoint
-from tools.convert_files import expected_shapes
+from tools.convert.tensors import expected_shapes
 
 from .checkpoints import pickled_checkpoint
 from .paths import GOLDEN

@@ -1,4 +1,4 @@
-"""Compares a folder with a repository on the Hub, and makes the repository equal to it with one commit."""
+"""Compares a folder with a repository on the Hub, and makes the repository equal to it in one commit."""
 
 import hashlib
 import re
@@ -11,14 +11,16 @@ import httpx2
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.utils import validate_repo_id
 from tqdm import tqdm
 
-from tools.hub_errors import NameTaken, RemoteCheckFailed, TargetMoved
+from tools.convert.files import hash_file
+from tools.hub.errors import Forbidden, InputError, NameTaken, NotFound, RemoteCheckFailed, TargetMoved
 
 
-TOOL = "upload_to_hub.py"  # in the title of every commit that this tool makes: so it knows its own repositories
+TOOL = "upload_to_hub.py"  # in the title of every commit of this tool, which recognises its repositories by it
 
-# Files that would be loaded instead of ours, or beside them: other weights, other code, other tokenizers.
+# Files that would be loaded instead of ours, or in addition: other weights, other code, other tokenizers.
 _REPLACED = re.compile(
     r"[^/]+\.(bin|pt|pth|ckpt|pkl|safetensors|py)|[^/]+\.(bin|safetensors)\.index\.json|tokenizer\.json"
     r"|added_tokens\.json|chat_template\.json"
@@ -35,7 +37,7 @@ class Target:
     has_revision: bool
     head: str | None = None  # commit that the plan starts from
     private: bool = True
-    foreign: bool = False  # holds files, and no commit of this tool
+    foreign: bool = False  # holds files, but no commit of this tool
     files: dict[str, RepoFile] = field(default_factory=dict)
 
 
@@ -46,8 +48,8 @@ class Change:
     state: str  # new, changed, same, deleted, kept
     path: str
     size: int  # bytes
-    sha256: str  # empty for a file on the Hub whose hash is not known there
-    git_sha1: str = ""  # how git names the content, and the Hub a file that is not in LFS
+    sha256: str  # empty for a file whose hash the Hub does not give
+    git_sha1: str = ""  # the hash of the git blob, by which the Hub identifies a file that is not in LFS
 
 
 @dataclass
@@ -67,7 +69,7 @@ class Plan:
         lines.append(
             f"{len(send)} files of {_bytes(sum(change.size for change in send))} are new or changed, "
             f"{len(self.having('same'))} the same, {len(self.having('deleted'))} deleted, "
-            f"{len(self.having('kept'))} not touched."
+            f"{len(self.having('kept'))} kept."
         )
         return "\n".join(lines)
 
@@ -76,15 +78,42 @@ def _bytes(count: int) -> str:
     return tqdm.format_sizeof(count, "B", 1000)
 
 
-def look(api: HfApi, repo_id: str, revision: str) -> Target:
-    """What is on the Hub now."""
+def log_in(repo_id: str, revision: str, create_pr: bool) -> tuple[HfApi, str]:
+    """The client, and the full name of the repository. Checks both before the long work starts.
+
+    Raises:
+        Forbidden: The token cannot write.
+        InputError: The name is not allowed.
+        NotFound: The repository does not exist, and the token cannot create it.
+    """
+    api = HfApi()
+    user = api.whoami()
+    role = ((user.get("auth") or {}).get("accessToken") or {}).get("role")
+    if role == "read":
+        raise Forbidden("The token is read-only: create one with write permission on the Hub's page of access tokens.")
+    repo_id = repo_id if "/" in repo_id else f"{user['name']}/{repo_id}"
+    try:
+        validate_repo_id(repo_id)
+    except ValueError as error:
+        raise InputError(f"--repo-id {repo_id}: {error}") from error
+    namespaces = [user["name"], *(organisation["name"] for organisation in user.get("orgs", []))]
+    exists = fetch_target(api, repo_id, revision).exists
+    if not exists and (create_pr or repo_id.split("/")[0] not in namespaces):
+        raise NotFound(
+            f"{repo_id} does not exist, and this token can create repositories under {', '.join(namespaces)} only."
+        )
+    return api, repo_id
+
+
+def fetch_target(api: HfApi, repo_id: str, revision: str) -> Target:
+    """The repository as it is now."""
     try:
         info = api.model_info(repo_id, revision=revision)
         has_revision = True
     except RepositoryNotFoundError:
         return Target(repo_id, revision, exists=False, has_revision=revision == "main")
     except RevisionNotFoundError:
-        info = api.model_info(repo_id)  # the branch will start where the default branch is
+        info = api.model_info(repo_id)  # the new branch will start at the default branch
         has_revision = False
     tree = api.list_repo_tree(repo_id, recursive=True, revision=info.sha)
     files = {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
@@ -95,7 +124,7 @@ def look(api: HfApi, repo_id: str, revision: str) -> Target:
 
 
 def make_plan(folder: Path, names: list[str], target: Target, progress: bool = True) -> Plan:
-    """Hash the files of a repository-to-be and compare them with the target."""
+    """Hash the files of an assembled folder and compare them with the target."""
     changes = []
     with tqdm(desc="hash", unit="B", unit_scale=True, leave=False, disable=not progress) as bar:
         bar.reset(sum((folder / name).stat().st_size for name in names))
@@ -114,11 +143,7 @@ def make_plan(folder: Path, names: list[str], target: Target, progress: bool = T
 def _hashed(path: Path, bar: Any) -> Change:
     size = path.stat().st_size
     sha256, sha1 = hashlib.sha256(), hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            sha256.update(block)
-            sha1.update(block)
-            bar.update(len(block))
+    hash_file(path, sha256, sha1, progress=bar.update)
     return Change("", path.name, size, sha256.hexdigest(), sha1.hexdigest())
 
 
@@ -127,7 +152,7 @@ def _is_same(change: Change, there: RepoFile) -> bool:
 
 
 def _differences(plan: Plan, files: dict[str, RepoFile]) -> list[str]:
-    """The paths in which a tree differs from what the plan says it should be."""
+    """The paths in which a tree differs from the plan."""
     ours = {change.path: change for change in plan.having("new", "changed", "same")}
     wrong = [path for path, change in ours.items() if path not in files or not _is_same(change, files[path])]
     return wrong + [change.path for change in plan.having("deleted") if change.path in files]
@@ -141,22 +166,22 @@ def _tree(api: HfApi, repo_id: str, commit: str) -> dict[str, RepoFile]:
 def push(api: HfApi, plan: Plan, title: str, private: bool, create_pr: bool = False) -> str:
     """Make the repository equal to the plan.
 
-    Large files go first and change nothing by themselves; those that arrived in an earlier, interrupted run are not
-    sent again. Then one commit switches everything over.
+    Large files are sent first and change nothing by themselves; files that an interrupted run has sent are not sent
+    again. Then one commit changes everything at once.
 
     Args:
         api: The client.
         plan: From `make_plan`.
-        title: What the commit is called; must name this tool.
-        private: Whether a repository that does not exist yet becomes private.
+        title: Title of the commit; must name this tool.
+        private: Whether a new repository is private.
         create_pr: Whether to open a pull request instead of writing to the revision.
 
     Returns:
         The hash of the commit; the target's head if there is nothing to change.
 
     Raises:
-        NameTaken: The repository was made by somebody while the plan was.
-        TargetMoved: The revision was.
+        NameTaken: Somebody created the repository after the plan was made.
+        TargetMoved: Somebody committed to the revision after the plan was made.
     """
     target = plan.target
     if not target.exists:
@@ -164,7 +189,7 @@ def push(api: HfApi, plan: Plan, title: str, private: bool, create_pr: bool = Fa
             api.create_repo(target.repo_id, private=private)
         except HfHubHTTPError as error:
             if error.response.status_code == 409:
-                raise NameTaken(f"{target.repo_id} exists already, and this token may not see it.") from error
+                raise NameTaken(f"{target.repo_id} exists already, and this token cannot read it.") from error
             raise
         target.exists = True
         target.head = api.model_info(target.repo_id).sha
@@ -184,18 +209,24 @@ def push(api: HfApi, plan: Plan, title: str, private: bool, create_pr: bool = Fa
 
 def _addition(folder: Path, change: Change) -> CommitOperationAdd:
     operation = CommitOperationAdd(change.path, folder / change.path)
-    operation.upload_info.sha256 = bytes.fromhex(change.sha256)  # known already: the client need not read it again
+    operation.upload_info.sha256 = bytes.fromhex(change.sha256)  # known already: saves the client another read
     return operation
 
 
 def _check_not_moved(api: HfApi, target: Target) -> None:
-    # The client sends parent_commit with the commit only: without changes a stale one would pass in silence.
+    # The client sends parent_commit only with a commit: without changes a stale one would go unnoticed.
     if api.model_info(target.repo_id, revision=target.revision).sha != target.head:
-        raise TargetMoved(f"Somebody committed to {target.repo_id} ({target.revision}) meanwhile: run this again.")
+        raise _moved(target)
+
+
+def _moved(target: Target) -> TargetMoved:
+    return TargetMoved(
+        f"Somebody committed to {target.repo_id} ({target.revision}) in the meantime: run the same command again."
+    )
 
 
 def _commit(api: HfApi, plan: Plan, operations: list[Any], title: str, create_pr: bool) -> str:
-    """Commit; where the answer is lost, look whether the commit arrived before trying again."""
+    """Commit; if the answer is lost, check whether the commit arrived before retrying."""
     target = plan.target
     for wait in (1, 4, None):
         try:
@@ -218,7 +249,7 @@ def _commit(api: HfApi, plan: Plan, operations: list[Any], title: str, create_pr
         if head != target.head:
             assert head is not None
             if _differences(plan, _tree(api, target.repo_id, head)):
-                raise TargetMoved(f"Somebody committed to {target.repo_id} ({target.revision}): run this again.")
+                raise _moved(target)
             return head
     raise AssertionError("the last attempt returns or raises")
 
@@ -231,5 +262,5 @@ def check_hashes(api: HfApi, plan: Plan, commit: str) -> None:
     """
     if wrong := _differences(plan, _tree(api, plan.target.repo_id, commit)):
         raise RemoteCheckFailed(
-            f"{plan.target.repo_id} at {commit} is not what was sent ({', '.join(wrong)}): run this again."
+            f"{plan.target.repo_id} at {commit} is not what was sent ({', '.join(wrong)}): run the same command again."
         )

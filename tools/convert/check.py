@@ -1,38 +1,28 @@
-"""The check after a conversion: what was written is read back, and gives the same logits where memory allows."""
+"""The check after a conversion: the result is read back, and its logits are compared where memory allows."""
 
-import importlib
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 import transformers
 
-from tools.convert_files import ConversionError, Tensor, check_finite, check_shapes
-from tools.convert_hub import safetensors_files
+from tools import package
+from tools.convert.checkpoint import safetensors_tensors
+from tools.convert.files import ConversionError
+from tools.convert.tensors import Tensor, check_finite, check_shapes, dtype_name, total_bytes
 
 
-ROOT = Path(__file__).resolve().parents[1]
+Loader = Callable[[torch.dtype], Any]  # loads a model in a dtype
 
-# Relative to the largest logit. Two implementations round differently; the same one does not.
+# Relative to the largest logit. Two implementations round differently; one does not differ from itself.
 _TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 _PROMPT_TOKENS = 24
 
 
-def internlm(module: str) -> ModuleType:
-    """One of the package's three modules. They import each other relatively, so they need a package around them."""
-    if "internlm" not in sys.modules:
-        package = ModuleType("internlm")
-        package.__path__ = [str(ROOT)]
-        sys.modules["internlm"] = package
-    return importlib.import_module(f"internlm.{module}_internlm")
-
-
 def check_files(folder: Path, config: dict[str, Any], planned: list[Tensor]) -> str:
-    """Read a converted checkpoint back: names, shapes, dtypes and values. Returns a line that says what was found."""
-    tensors = [tensor for held in safetensors_files(folder).values() for tensor in held]
+    """Read a converted checkpoint back: names, shapes, dtypes and values. Returns one line with the result."""
+    tensors = safetensors_tensors(folder)
     check_shapes(tensors, config)
     wanted = {tensor.name: tensor.dtype for tensor in planned}
     for tensor in tensors:
@@ -40,9 +30,20 @@ def check_files(folder: Path, config: dict[str, Any], planned: list[Tensor]) -> 
             wrong = f"{tensor.name} was written as {tensor.dtype} instead of {wanted[tensor.name]}"
             raise ConversionError(f"{wrong}: do not use {folder}, and report this.")
         check_finite(tensor.name, tensor.read())
-    dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors})
-    size = sum(tensor.nbytes for tensor in tensors)
-    return f"{len(tensors)} tensors, {size:,} bytes, {' and '.join(dtypes)}: names, shapes, types, values are right"
+    dtypes = " and ".join(sorted({dtype_name(tensor.dtype) for tensor in tensors}))
+    size = total_bytes(tensors)
+    return f"{len(tensors)} tensors, {size:,} bytes, {dtypes}: names, shapes, dtypes and values are right"
+
+
+def internlm_loader(folder: Path, config: Any = None, **settings: Any) -> Loader:
+    """Loads a folder as this package's InternLMForCausalLM."""
+    model = package.load("modeling").InternLMForCausalLM
+    return lambda dtype: model.from_pretrained(folder, config=config, dtype=dtype, **settings)
+
+
+def llama_loader(folder: Path) -> Loader:
+    """Loads a folder as the library's LlamaForCausalLM."""
+    return lambda dtype: transformers.LlamaForCausalLM.from_pretrained(folder, dtype=dtype)
 
 
 def _available_memory() -> int | None:
@@ -53,7 +54,7 @@ def _available_memory() -> int | None:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), None)
 
 
-def _logits(load: Callable[[torch.dtype], Any], dtype: torch.dtype) -> torch.Tensor:
+def _logits(load: Loader, dtype: torch.dtype) -> torch.Tensor:
     model = load(dtype).eval()
     length = min(_PROMPT_TOKENS, model.config.max_position_embeddings)
     ids = (torch.arange(length)[None] * 7919 + 1) % model.config.vocab_size
@@ -61,14 +62,14 @@ def _logits(load: Callable[[torch.dtype], Any], dtype: torch.dtype) -> torch.Ten
         return model(input_ids=ids, use_cache=False).logits.float()
 
 
-def check_logits(loaders: list[Callable[[torch.dtype], Any]], folder: Path) -> str:
-    """Run a short prompt through each model, one after the other, and compare. Returns a line that says the outcome.
+def check_logits(loaders: list[Loader], folder: Path) -> str:
+    """Run a short prompt through each model, one after the other, and compare. Returns one line with the result.
 
     Raises:
         ConversionError: The logits differ by more than rounding, or are not finite.
     """
-    tensors = [tensor for held in safetensors_files(folder).values() for tensor in held]
-    size, stored = sum(tensor.nbytes for tensor in tensors), tensors[0].dtype
+    tensors = safetensors_tensors(folder)
+    size, stored = total_bytes(tensors), tensors[0].dtype
     dtype = torch.float32 if size < 2 << 30 else stored
     needed = int(size * 1.25 * dtype.itemsize / stored.itemsize)
     available = _available_memory()

@@ -1,7 +1,7 @@
-"""Which InternLM v1 a folder of weights holds, and what its small JSON files must say.
+"""Which InternLM v1 variant a folder of weights holds, and the content of the repository's JSON files.
 
-What a checkpoint says about itself (sizes, window, rotary setting, sampling settings) is kept, read through
-InternLMConfig and written in its normal form. The rest (auto_map, padding, stop tokens) is this package's.
+A checkpoint's own settings (sizes, window, rotary setting, sampling) are kept, read through InternLMConfig and written
+in its normal form. The rest (auto_map, padding, stop tokens) is this package's.
 """
 
 import hashlib
@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from tools import package
-from tools.convert_files import read_json
-from tools.hub_errors import InputError
+from tools.convert.files import check_not_lfs_pointer, hash_file, read_json
+from tools.hub.errors import InputError
+from tools.package import ROOT
 
 
-ROOT = Path(__file__).resolve().parents[1]
-TINY = "internlm-tiny"  # the demonstration model: its config.json lies beside its weights, in checkpoints/tiny
+TINY = "internlm-tiny"  # the demonstration model, whose config.json is beside its weights, in checkpoints/tiny
 OFFICIAL_TOKENIZER = "aab622d98c98677a1a51f969e25765154487bf3e85c7819db105db2fcacba83f"
 
-# What tells one InternLM v1 from another. The window is left out: a fine-tuned model may have its own.
+# The sizes that distinguish variants. Not the window: a fine-tuned model may have another.
 _SIZES = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size", "bias")
 _CHECKPOINT_FIELDS = (
     *_SIZES,
@@ -27,54 +27,39 @@ _CHECKPOINT_FIELDS = (
 
 
 def variants() -> list[str]:
-    """Every name that --variant takes."""
+    """Every name that --variant accepts."""
     return [*sorted(path.name for path in (ROOT / "variants").iterdir() if path.is_dir()), TINY]
 
 
 def variant_file(variant: str, name: str) -> Path:
-    """Where a small file of a variant lies: in the variant's folder, else at the root of the package."""
+    """The path of a variant's small file: in the variant's folder, else at the root of the package."""
     own = ROOT / "variants" / variant / name
     return own if own.is_file() else ROOT / name
 
 
 def variant_config(variant: str) -> dict[str, Any]:
-    """config.json of a variant as this package has it."""
+    """This package's config.json of a variant."""
     tiny = ROOT / "checkpoints" / "tiny" / "config.json"
     return read_json(tiny if variant == TINY and tiny.is_file() else variant_file(variant, "config.json"))
 
 
 def is_chat(variant: str) -> bool:
-    """Whether a variant has stop tokens of its own, which only chat variants have."""
+    """Whether a variant has its own stop tokens, as only chat variants do."""
     return variant_file(variant, "generation_config.json") != ROOT / "generation_config.json"
 
 
-def is_lfs_pointer(path: Path) -> bool:
-    """Whether the file is what git leaves in place of a large file that was not fetched."""
-    with path.open("rb") as file:
-        return file.read(23) == b"version https://git-lfs"
-
-
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file as 64 hexadecimal digits."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def load_config(weights: Path) -> tuple[Any, dict[str, Any]]:
-    """The weights folder's config.json, as an InternLMConfig and as it stands in the file."""
+    """The weights folder's config.json, as an InternLMConfig and unchanged."""
     if not weights.is_dir():
         raise InputError(f"{weights} is not a folder: give the one that holds config.json and the weights.")
     path = weights / "config.json"
-    if path.is_file() and is_lfs_pointer(path):
-        raise InputError(f"{path} is a Git LFS pointer, not the file: run `git lfs pull` in its folder.")
+    if path.is_file():
+        check_not_lfs_pointer(path)
     raw = read_json(path)
     if raw.get("model_type") != "internlm":
         raise InputError(
-            f'{path} says model_type={raw.get("model_type")!r}, and only InternLM v1 ("internlm") fits this code: '
-            "load other models with their own."
+            f'{path} has model_type={raw.get("model_type")!r}, and this code is for InternLM v1 ("internlm") only: '
+            "load other models with their own code."
         )
     if "quantization_config" in raw:
         raise InputError(f"{weights} is quantised: give the unquantised checkpoint, and quantise the result.")
@@ -90,33 +75,33 @@ def detect(weights: Path, config: Any, asked: str | None) -> tuple[str, str]:
     Args:
         weights: The folder, for its name.
         config: Its InternLMConfig.
-        asked: What the user says it is; must have the checkpoint's sizes.
+        asked: The user's --variant, which must have the checkpoint's sizes.
     """
     known = {name: variant_config(name) for name in variants()}
     if asked is not None and asked not in known:
         raise InputError(f"--variant {asked} is unknown: choose one of {', '.join(known)}.")
     same = [name for name in known if all(known[name].get(key) == getattr(config, key) for key in _SIZES)]
     if asked == TINY or asked in same:
-        return asked, "as asked"
+        return asked, "as requested"
     sizes = ", ".join(f"{key} {getattr(config, key)}" for key in _SIZES)
     if asked is not None:
         raise InputError(f"{weights} ({sizes}) is not {asked}: leave --variant out, or give other weights.")
     if not same:
-        raise InputError(f"{weights} ({sizes}) has the sizes of no variant: there are {', '.join(known)}.")
+        raise InputError(f"{weights} ({sizes}) matches the sizes of no variant: there are {', '.join(known)}.")
     window = config.max_position_embeddings
     fitting = [name for name in same if known[name]["max_position_embeddings"] == window] or same
     if len(fitting) == 1:
         return fitting[0], "by the sizes and window in config.json"
-    # In huggingface_hub's cache the name stands above: models--internlm--internlm-20b/snapshots/<hash>.
+    # In huggingface_hub's cache a parent folder has the name: models--internlm--internlm-20b/snapshots/<hash>.
     path = weights.resolve()
     names = [path.name, *(part for part in path.parts if part.startswith("models--"))]
     if not (named := [name for name in fitting if any(name in part.lower() for part in names)]):
-        raise InputError(f"{weights} can be {' or '.join(fitting)}, which have equal sizes: say which with --variant.")
+        raise InputError(f"{weights} can be {' or '.join(fitting)}, of equal sizes: choose one with --variant.")
     return max(named, key=len), "by the folder's name"
 
 
 def config_json(variant: str, config: Any, raw: dict[str, Any], stored: str, notes: list[str]) -> dict[str, Any]:
-    """config.json of the repository; `stored` is the dtype of the weights, for a checkpoint that does not say."""
+    """config.json of the repository; `stored` is the dtype of the weights, for a config.json without one."""
     base = variant_config(variant)
     fields = {key: getattr(config, key) for key in _CHECKPOINT_FIELDS}
     for key, value in fields.items():
@@ -138,14 +123,14 @@ def generation_json(variant: str, weights: Path, vocab_file: Path, notes: list[s
     own = weights / "generation_config.json"
     settings = read_json(own) if own.is_file() else {}
     settings = {key: settings[key] for key in settings.keys() - {"_from_model_config", "transformers_version"}}
-    package = read_json(variant_file(variant, "generation_config.json"))
+    fixed = read_json(variant_file(variant, "generation_config.json"))
     stops = [2, *_as_list(settings.get("eos_token_id"))]
     if is_chat(variant):
         stops.append(_piece_id(vocab_file, "<eoa>"))
         if settings and stops[-1] not in stops[:-1]:
-            notes.append(f"generation_config.json: stops at <eoa> ({stops[-1]}) too, where a reply ends")
+            notes.append(f"generation_config.json: also stops at <eoa> ({stops[-1]}), which ends a reply")
     stops = list(dict.fromkeys(stops))
-    return {**settings, **package, "eos_token_id": stops if len(stops) > 1 else stops[0]}
+    return {**settings, **fixed, "eos_token_id": stops if len(stops) > 1 else stops[0]}
 
 
 def _as_list(value: Any) -> list[Any]:
@@ -153,7 +138,7 @@ def _as_list(value: Any) -> list[Any]:
 
 
 def _pieces(vocab_file: Path) -> list[str]:
-    """The pieces of a SentencePiece model, read and checked as the tokenizer itself does it."""
+    """The pieces of a SentencePiece model, read and checked as the tokenizer does."""
     try:
         return package.load("sentencepiece").read_model(vocab_file).pieces
     except ValueError as error:
@@ -163,24 +148,27 @@ def _pieces(vocab_file: Path) -> list[str]:
 def _piece_id(vocab_file: Path, piece: str) -> int:
     pieces = _pieces(vocab_file)
     if piece not in pieces:
-        raise InputError(f"{vocab_file} has no {piece}, which ends a chat model's replies: give the model's own.")
+        raise InputError(f"{vocab_file} has no {piece}, which ends a chat model's replies: pass the model's own file.")
     return pieces.index(piece)
 
 
 def check_tokenizer(vocab_file: Path, vocab_size: int, notes: list[str]) -> int:
-    """Refuse a tokenizer.model that cannot be this checkpoint's, note when it is not the official one; its pieces."""
+    """Refuse a tokenizer.model that cannot belong to this checkpoint; note an unofficial one. Returns its pieces."""
     if not vocab_file.is_file():
-        raise InputError(f"{vocab_file} is missing: put InternLM's there, or name the file with --tokenizer.")
+        raise InputError(f"{vocab_file} is missing: put InternLM's there, or pass the file with --tokenizer.")
     pieces = len(_pieces(vocab_file))
     if pieces > vocab_size:
-        raise InputError(f"{vocab_file} has {pieces} pieces, the model only {vocab_size}: give the model's own.")
-    if (digest := sha256_of(vocab_file)) != OFFICIAL_TOKENIZER:
-        notes.append(f"tokenizer.model is not the official one, but the checkpoint's own ({pieces} pieces, {digest})")
+        raise InputError(f"{vocab_file} has {pieces} pieces, the model only {vocab_size}: pass the model's own file.")
+    digest = hashlib.sha256()
+    hash_file(vocab_file, digest)
+    if digest.hexdigest() != OFFICIAL_TOKENIZER:
+        found = f"{pieces} pieces, {digest.hexdigest()}"
+        notes.append(f"tokenizer.model is not the official one, but the checkpoint's own ({found})")
     return pieces
 
 
 def tokenizer_json(weights: Path, pieces: int, vocab_size: int, notes: list[str]) -> dict[str, Any]:
-    """tokenizer_config.json of the repository: this package's, with the tokens that were added to the checkpoint's."""
+    """tokenizer_config.json of the repository: this package's, with the checkpoint's added tokens."""
     made = read_json(ROOT / "tokenizer_config.json")
     added = {number: token for number, token in _added_tokens(weights).items() if number >= pieces}
     if not added:
@@ -188,7 +176,7 @@ def tokenizer_json(weights: Path, pieces: int, vocab_size: int, notes: list[str]
     if sorted(added) != list(range(pieces, pieces + len(added))) or max(added) >= vocab_size:
         raise InputError(
             f"{weights}: the added tokens have the ids {sorted(added)[0]} to {max(added)}, but they must follow the "
-            f"{pieces} pieces of tokenizer.model without a gap and end below vocab_size {vocab_size}: mend its files."
+            f"{pieces} pieces of tokenizer.model without a gap and end below vocab_size {vocab_size}: fix its files."
         )
     names = [token["content"] for token in added.values()]
     notes.append(f"tokenizer_config.json: {len(names)} added tokens are the checkpoint's own ({', '.join(names[:3])})")
@@ -196,7 +184,7 @@ def tokenizer_json(weights: Path, pieces: int, vocab_size: int, notes: list[str]
 
 
 def _added_tokens(weights: Path) -> dict[int, dict[str, Any]]:
-    """The tokens that a tokenizer's files add, by id, from the three places where transformers has put them."""
+    """The added tokens of a tokenizer, by id, from the three files in which transformers has stored them."""
 
     def read(name: str) -> dict[str, Any]:
         return read_json(weights / name) if (weights / name).is_file() else {}

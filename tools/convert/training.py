@@ -1,12 +1,12 @@
 """InternLM's own training checkpoints, as tensors in the Hub's layout.
 
 A training run saved `model_config.pt` and one `model_tp{t}_pp{p}.pt` for each tensor-parallel rank t and pipeline
-stage p. What the 2023 training code put into them, layer by layer (`blocks.N`, counted anew in every stage):
+stage p. The training code of 2023 wrote into them, layer by layer (`blocks.N`, numbered from 0 in every stage):
 
-* `mixer.Wqkv` has query, key and value rows; every rank holds its own heads of all three, in this order;
-* `mixer.out_proj` and `mlp.w3` (down) are split by columns; their bias, if any, is on rank 0 alone;
+* `mixer.Wqkv` holds query, key and value rows, in this order; every rank has its own heads of all three;
+* `mixer.out_proj` and `mlp.w3` (down) are split by columns; their bias, if any, is on rank 0 only;
 * `mlp.w1` (gate), `mlp.w2` (up) and `head` are split by rows;
-* `embedding` is split by columns (`embed_split_hidden`) or by rows; its shape says which;
+* `embedding` is split by columns (`embed_split_hidden`) or by rows; its shape tells which;
 * `norm1`, `norm2` and `norm` are the same on every rank.
 """
 
@@ -19,20 +19,20 @@ from typing import Any
 
 import torch
 
-from tools.convert_files import ConversionError, Tensor, read_json
-from tools.convert_hub import load_pickle, load_untrusted
+from tools import package
+from tools.convert.files import ConversionError, read_json
+from tools.convert.pickles import load_pickle, load_untrusted
+from tools.convert.tensors import Tensor, dtype_name
 
-
-ROOT = Path(__file__).resolve().parents[1]
 
 _FILE = re.compile(r"model_tp(\d+)_pp(\d+)\.pt")
-# With interleaved pipelining a stage holds several chunks of the model, whose number leads the name.
+# With interleaved pipelining a stage holds several chunks of the model, and names start with the chunk's number.
 _NAME = re.compile(r"(?:model\.)?(?:(?P<chunk>\d+)\.)?(?:model\.)?(?:blocks\.(?P<layer>\d+)\.)?(?P<field>[A-Za-z].*)")
-# The training code's own dictionary class, read as a plain one.
+# The training code's dictionary class, loaded as a plain dictionary.
 _CONFIG_CLASS = "internlm.core.context.parallel_context.Config"
 
-_EITHER = -1  # joined by rows if a share has the model's width, by columns if not
-# Field -> (Hub name, dimension along which ranks are joined; None: all hold the same, take rank 0's).
+_EITHER = -1  # joined by rows if a share has the model's width, otherwise by columns
+# Field -> (Hub name, dimension along which ranks are joined; None: all ranks hold the same, rank 0's is used).
 _LAYER_FIELDS = {
     "norm1.weight": ("input_layernorm.weight", None),
     "norm2.weight": ("post_attention_layernorm.weight", None),
@@ -48,16 +48,16 @@ _MODEL_FIELDS = {
     "embedding.weight": ("model.embed_tokens.weight", _EITHER),
     "embedding.word_embeddings.weight": ("model.embed_tokens.weight", _EITHER),
 }
-_DROPPED = "mixer.rotary_emb."
+_NOT_PARAMETERS = "mixer.rotary_emb."  # prefix of what the rotary embedding stores, which is computed instead
 
-Part = tuple[Path, str]  # where a rank's share of a tensor is: file and name
+Share = tuple[Path, str]  # file and name of one rank's share of a tensor
 
 
 def _grid(folder: Path) -> list[list[Path]]:
-    """The shards, [tensor-parallel rank][pipeline stage], all of them."""
+    """All shards, by [tensor-parallel rank][pipeline stage]."""
     found = {tuple(map(int, match.groups())) for path in folder.iterdir() if (match := _FILE.fullmatch(path.name))}
     if not found:
-        raise ConversionError(f"{folder} holds no training checkpoint: there is no model_tp0_pp0.pt.")
+        raise ConversionError(f"{folder} holds no training checkpoint: it has no model_tp0_pp0.pt.")
     ranks, stages = (max(numbers) + 1 for numbers in zip(*found, strict=True))
     for rank in range(ranks):
         for stage in range(stages):
@@ -72,38 +72,38 @@ def _grid(folder: Path) -> list[list[Path]]:
 def _parse(path: Path, name: str) -> tuple[int, int | None, str]:
     match = _NAME.fullmatch(name)
     if match is None:
-        raise ConversionError(f"{path} holds {name}, which is not a name of InternLM's training code.")
+        raise ConversionError(f"{path} holds {name}, which is not a name from InternLM's training code.")
     layer = match["layer"]
     return int(match["chunk"] or 0), None if layer is None else int(layer), match["field"]
 
 
-def _shares(grid: list[list[Path]], open_file: Callable) -> dict[tuple[int | None, str], list[Part]]:
+def _shares(grid: list[list[Path]], open_file: Callable) -> dict[tuple[int | None, str], list[Share]]:
     """(layer of the whole model, field) -> each rank's share, ranks in order."""
     # Chunks come before stages: chunk 0 of all stages, then chunk 1 of all stages.
-    chunks: dict[tuple[int, int], dict[tuple[int | None, str], list[Part]]] = defaultdict(lambda: defaultdict(list))
+    chunks: dict[tuple[int, int], dict[tuple[int | None, str], list[Share]]] = defaultdict(lambda: defaultdict(list))
     for files in grid:
         for stage, path in enumerate(files):
             for name in open_file(path):
                 chunk, layer, field = _parse(path, name)
-                if not field.startswith(_DROPPED):
+                if not field.startswith(_NOT_PARAMETERS):
                     chunks[chunk, stage][layer, field].append((path, name))
-    shares: dict[tuple[int | None, str], list[Part]] = {}
+    shares: dict[tuple[int | None, str], list[Share]] = {}
     offset = 0
-    for place in sorted(chunks):
-        layers = sorted({layer for layer, _ in chunks[place] if layer is not None})
+    for chunk, stage in sorted(chunks):
+        layers = sorted({layer for layer, _ in chunks[chunk, stage] if layer is not None})
         first = layers[0] if layers else 0
         if first not in (0, offset) or layers != list(range(first, first + len(layers))):
-            raise ConversionError(f"Pipeline stage {place[1]} holds only the layers {layers}; fetch it again.")
-        for (layer, field), parts in chunks[place].items():
+            raise ConversionError(f"Pipeline stage {stage} holds only the layers {layers}; fetch it again.")
+        for (layer, field), parts in chunks[chunk, stage].items():
             key = (None if layer is None else layer - first + offset, field)
-            # The embedding may stand in the last stage too, where a run tied it.
+            # The embedding may be in the last stage too, where a run tied it.
             shares.setdefault(key, parts)
         offset += len(layers)
     return shares
 
 
-def _named(key: tuple[int | None, str], part: Part) -> list[tuple[str, int | None, int | None]]:
-    """What a field becomes: (Hub name, dimension of joining, which third of fused rows or None)."""
+def _named(key: tuple[int | None, str], share: Share) -> list[tuple[str, int | None, int | None]]:
+    """What a field becomes: (Hub name, dimension along which to join, which third of fused rows or None)."""
     layer, field = key
     prefix = f"model.layers.{layer}."
     if layer is not None and field in ("mixer.Wqkv.weight", "mixer.Wqkv.bias"):
@@ -114,11 +114,11 @@ def _named(key: tuple[int | None, str], part: Part) -> list[tuple[str, int | Non
         return [(prefix + name, dim, None)]
     if layer is None and field in _MODEL_FIELDS:
         return [(*_MODEL_FIELDS[field], None)]
-    raise ConversionError(f"{part[0]} holds {part[1]}, which no InternLM v1 model has.")
+    raise ConversionError(f"{share[0]} holds {share[1]}, which no InternLM v1 model has.")
 
 
 def _join(
-    open_file: Callable, parts: list[Part], dim: int | None, third: int | None, dtype: torch.dtype | None
+    open_file: Callable, parts: list[Share], dim: int | None, third: int | None, dtype: torch.dtype | None
 ) -> torch.Tensor:
     values = [open_file(path)[name] for path, name in (parts[:1] if dim is None else parts)]
     if third is not None:
@@ -128,16 +128,16 @@ def _join(
 
 
 def _joined(
-    name: str, open_file: Callable, parts: list[Part], dim: int | None, third: int | None, dtype: torch.dtype | None
+    name: str, open_file: Callable, parts: list[Share], dim: int | None, third: int | None, dtype: torch.dtype | None
 ) -> Tensor:
-    """The whole tensor that the shares make, unread: its shape follows from theirs."""
+    """The tensor that the shares make up, unread: its shape follows from theirs."""
     shares = [open_file(path)[share] for path, share in (parts[:1] if dim is None else parts)]
     shape = list(shares[0].shape)
     for other in shares[1:]:
         if [*other.shape[:dim], *other.shape[dim + 1 :]] != [*shape[:dim], *shape[dim + 1 :]]:
             raise ConversionError(
                 f"{parts[0][1]} has shapes {tuple(shares[0].shape)} and {tuple(other.shape)} on two tensor-parallel "
-                "ranks, which cannot be joined: the shards are not of one run."
+                "ranks, which cannot be joined: the shards are not from one run."
             )
         shape[dim] += other.shape[dim]
     if third is not None:
@@ -151,14 +151,14 @@ def _joined(
 
 
 def training_tensors(folder: Path, dtype: torch.dtype | None = None) -> list[Tensor]:
-    """The tensors of a training checkpoint by Hub name, still unread; the shards of one stage are mapped at a time.
+    """The tensors of a training checkpoint by Hub name, unread; the shards of one stage are mapped at a time.
 
     Args:
-        folder: Holds `model_tp{t}_pp{p}.pt`, any number of each.
-        dtype: Convert to it; None keeps the checkpoint's.
+        folder: Holds `model_tp{t}_pp{p}.pt` for any number of ranks and stages.
+        dtype: Convert to this dtype; None keeps the checkpoint's.
 
     Raises:
-        ConversionError: A shard is missing, damaged or hostile, or the shards do not fit each other.
+        ConversionError: A shard is missing, damaged or hostile, or the shards do not match each other.
     """
     grid = _grid(folder)
     open_file = lru_cache(maxsize=len(grid))(load_pickle)  # the ranks of a stage are needed together
@@ -169,10 +169,10 @@ def training_tensors(folder: Path, dtype: torch.dtype | None = None) -> list[Ten
     width = open_file(norm[0][0])[norm[0][1]].shape[0]
     tensors = []
     for key, parts in shares.items():
-        # Row-parallel layers have their bias on rank 0 alone.
+        # Row-parallel layers have their bias on rank 0 only.
         if len(parts) != len(grid) and (key[1] != "mixer.out_proj.bias" or parts[0][0] not in grid[0]):
             raise ConversionError(
-                f"{parts[0][1]} is in {len(parts)} of {len(grid)} tensor-parallel shards: they are not of one run."
+                f"{parts[0][1]} is in {len(parts)} of {len(grid)} tensor-parallel shards: they are not from one run."
             )
         for name, dim, third in _named(key, parts[0]):
             if dim == _EITHER:
@@ -183,7 +183,7 @@ def training_tensors(folder: Path, dtype: torch.dtype | None = None) -> list[Ten
 
 def _run_settings(folder: Path) -> dict[str, Any]:
     path = folder / "model_config.pt"
-    # The training code's own dictionary class is read as a plain one; nothing of its code is needed or run.
+    # The training code's dictionary class is loaded as a plain one; none of that code is needed or run.
     with torch.serialization.safe_globals([(OrderedDict, _CONFIG_CLASS)]):
         settings = load_untrusted(path)
     if not isinstance(settings, dict):
@@ -195,7 +195,7 @@ def training_config(folder: Path, tensors: list[Tensor], window: int) -> dict[st
     """The config.json of a training checkpoint: sizes from the tensors, heads and epsilon from model_config.pt.
 
     Args:
-        window: Tokens in a sequence of the training data; the checkpoint does not say.
+        window: Tokens per sequence of the training data; the checkpoint does not hold it.
 
     Raises:
         ConversionError: model_config.pt is missing, damaged, or contradicts the tensors.
@@ -204,7 +204,7 @@ def training_config(folder: Path, tensors: list[Tensor], window: int) -> dict[st
     shapes = {tensor.name: tensor.shape for tensor in tensors}
     names = ("model.layers.0.mlp.gate_proj.weight", "lm_head.weight")
     if lacking := [name for name in names if name not in shapes]:
-        raise ConversionError(f"{folder} has nothing that becomes {lacking[0]}: a shard is missing.")
+        raise ConversionError(f"{folder} has no tensor for {lacking[0]}: a shard is missing.")
     (middle, hidden), (vocab, _) = (shapes[name] for name in names)
     sizes = {
         "hidden_size": hidden,
@@ -215,14 +215,14 @@ def training_config(folder: Path, tensors: list[Tensor], window: int) -> dict[st
         given = settings.get("num_layers" if field == "num_hidden_layers" else field, value)
         if given not in (value, -1):
             raise ConversionError(
-                f"model_config.pt says {field} is {given}, the shards say {value}: one is not of this run."
+                f"model_config.pt says {field} is {given}, the shards say {value}: one of them is not from this run."
             )
     heads = settings.get("num_attention_heads")
     if not isinstance(heads, int):
-        raise ConversionError("model_config.pt does not give num_attention_heads: name a config.json with --config.")
+        raise ConversionError("model_config.pt does not give num_attention_heads: pass a config.json with --config.")
     rotary = {"type": "dynamic", "base": float(settings.get("rope_base", 10000)), "scaling_factor": 1.0}
     return (
-        read_json(ROOT / "config.json")
+        read_json(package.ROOT / "config.json")
         | sizes
         | {
             "intermediate_size": middle,
@@ -231,6 +231,6 @@ def training_config(folder: Path, tensors: list[Tensor], window: int) -> dict[st
             "rms_norm_eps": settings.get("layer_norm_epsilon", 1e-6),
             "max_position_embeddings": window,
             "rotary": rotary,
-            "dtype": str(tensors[0].dtype).removeprefix("torch."),
+            "dtype": dtype_name(tensors[0].dtype),
         }
     )

@@ -1,16 +1,16 @@
-"""The model card of a repository, made from README.md, which is the whole package's and internlm-20b's.
+"""The model card of a repository, made from README.md, which describes the whole package and internlm-20b.
 
-Kept are the sections that hold for the variant; the head of both languages is written anew. Links to files that are
-not uploaded become plain text.
+The sections that apply to the variant are kept; the head of both languages is replaced. Links to files that are not
+uploaded become plain text.
 """
 
 import re
 from typing import Any
 
-from tools.hub_variant import TINY
+from tools.hub.variant import TINY
 
 
-# Headings in README.md, English and Chinese, by whom they concern; a section that is named nowhere concerns everybody.
+# Headings in README.md, English and Chinese, by the variants they apply to; all others apply to every variant.
 _PACKAGE = {"Upgrading an old checkpoint", "For developers", "升级旧的检查点", "面向开发者"}
 _BASE_20B = {"Introduction", "Characteristics", "Evaluation", "介绍", "特点", "评测"}
 _ANY_20B = {"Use from Transformers", "Long context", "使用 Transformers", "长上下文"}
@@ -38,7 +38,7 @@ gives the logits and token ids of the official code of 2023, streams, chats, tra
 
 
 def _what(variant: str) -> dict[str, str]:
-    """What kind of model it is, by language."""
+    """The kind of model, by language."""
     if variant == TINY:
         return {"en": "A demonstration model of a few megabytes, in the architecture", "zh": "几兆字节的演示模型"}
     english, chinese = ("20", "200") if variant.endswith("20b") else ("7", "70")
@@ -56,7 +56,7 @@ def fill_in_card(text: str, variant: str, config: dict[str, Any], repo_id: str |
         text: README.md of this package.
         variant: A name of variants/, or internlm-tiny.
         config: config.json of the repository.
-        repo_id: What the snippets load; None stands for internlm/<variant>.
+        repo_id: The repository that the snippets load; None means internlm/<variant>.
     """
     found = _FRONT.match(text)
     front, body = (found.group(), text[found.end() :]) if found else ("---\nlicense: apache-2.0\n---\n", text)
@@ -68,14 +68,14 @@ def fill_in_card(text: str, variant: str, config: dict[str, Any], repo_id: str |
     parts = re.split(r"^(?=# 中文说明)", body, flags=re.MULTILINE)
     made = zip(parts, ("en", "zh"), strict=False)
     card = "".join(_fill_in(part, language, variant, config, dropped) for part, language in made)
-    speaks = "-chat-" in variant or variant == TINY  # the examples of the Chat section are about this one
-    for name in ("internlm/internlm-20b", *(("internlm/internlm-chat-20b",) if speaks else ())):
+    chats = "-chat-" in variant or variant == TINY  # the Chat section's examples then load this repository
+    for name in ("internlm/internlm-20b", *(("internlm/internlm-chat-20b",) if chats else ())):
         card = card.replace(f'"{name}"', f'"{repo_id or "internlm/" + variant}"')
     return front + "\n" + _RELATIVE_LINK.sub(r"\1", card)
 
 
 def _fill_in(part: str, language: str, variant: str, config: dict[str, Any], dropped: set[str]) -> str:
-    """One language of the card: a new head, and the sections that stay."""
+    """One language of the card: a new head, and the sections that are kept."""
     head, *sections = re.split(r"^(?=## )", part, flags=re.MULTILINE)
     kept = [section for section in sections if section.split("\n")[0].removeprefix("## ").strip() not in dropped]
     title = re.sub(r"(\d)b\b", r"\1B", variant.replace("internlm", "InternLM").replace("chat", "Chat"))

@@ -1,0 +1,1 @@
+"""Conversions of checkpoints. The command is tools/convert_checkpoint.py."""
