@@ -223,7 +223,7 @@ class InternLMConfig(_BaseConfig):
                 "num_key_value_heads",
                 self.num_key_value_heads,
                 f"equal to num_attention_heads ({self.num_attention_heads})",
-                "InternLM v1 has no grouped-query attention",
+                "correct it in config.json (InternLM v1 has no grouped-query attention)",
             )
         if head_dim is not None and head_dim != self.head_dim:
             raise _invalid("head_dim", head_dim, f"hidden_size / num_attention_heads ({self.head_dim})", "remove it")
