@@ -182,21 +182,7 @@ class InternLMConfig(_BaseConfig):
         head_dim = kwargs.pop("head_dim", None)
         self._validate(head_dim)
         special = {"pad_token_id": pad_token_id, "bos_token_id": bos_token_id, "eos_token_id": eos_token_id}
-        for field, value in special.items():
-            for token in value if isinstance(value, list) and field == "eos_token_id" else [value]:
-                if token is not None:
-                    _check_int(field, token, 0, vocab_size - 1)
-        _check_int("num_labels", kwargs.get("num_labels") or 0, 0, _MAX_LABELS)  # the base class makes a name for each
-        if methods := [name for name in kwargs if callable(getattr(type(self), name, None))]:
-            raise _invalid(methods[0], kwargs[methods[0]], "absent: it is a method", "remove it")
-        try:
-            super().__init__(tie_word_embeddings=tie_word_embeddings, **special, **kwargs)
-            # From 5.0 the base class drops the special token ids; 4.57 keeps them.
-            for field, value in special.items():
-                setattr(self, field, value)
-            self.to_json_string(use_diff=False)
-        except Exception as error:  # a field of the base class has the wrong type: any exception may follow
-            raise ValueError(f"InternLMConfig: transformers refuses a field of config.json ({error!r}).") from error
+        self._set_inherited(special, kwargs)
 
     @property
     def head_dim(self) -> int:
@@ -227,6 +213,24 @@ class InternLMConfig(_BaseConfig):
             )
         if head_dim is not None and head_dim != self.head_dim:
             raise _invalid("head_dim", head_dim, f"hidden_size / num_attention_heads ({self.head_dim})", "remove it")
+
+    def _set_inherited(self, special: dict[str, Any], kwargs: dict[str, Any]) -> None:
+        """Check and set the fields of the base class; call this last, because it serialises the configuration."""
+        for field, value in special.items():
+            for token in value if isinstance(value, list) and field == "eos_token_id" else [value]:
+                if token is not None:
+                    _check_int(field, token, 0, self.vocab_size - 1)
+        _check_int("num_labels", kwargs.get("num_labels") or 0, 0, _MAX_LABELS)  # the base class makes a name for each
+        if methods := [name for name in kwargs if callable(getattr(type(self), name, None))]:
+            raise _invalid(methods[0], kwargs[methods[0]], "absent: it is a method", "remove it")
+        try:
+            super().__init__(tie_word_embeddings=self.tie_word_embeddings, **special, **kwargs)
+            # From 5.0 the base class drops the special token ids; 4.57 keeps them.
+            for field, value in special.items():
+                setattr(self, field, value)
+            self.to_json_string(use_diff=False)
+        except Exception as error:  # a field of the base class has the wrong type: any exception may follow
+            raise ValueError(f"InternLMConfig: transformers refuses a field of config.json ({error!r}).") from error
 
     # From 5.0 configurations are dataclasses, whose generated __eq__ ignores attributes that a plain __init__ sets.
     def __eq__(self, other: Any) -> bool:
