@@ -1,4 +1,4 @@
-# `make demo` and `make test` are all a fresh machine with git, make and Python 3.11 needs; the rest is for developers.
+# `make demo` and `make test` need only git, make and Python 3.11; the other targets are for developers.
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
@@ -17,13 +17,13 @@ $(VENV)/installed: requirements.txt requirements-dev.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-dev.txt
 	@touch $@
 
-demo: $(VENV)/installed ## let InternLM speak: English, Chinese, one chat turn (MODEL=path-or-repo-id PROMPT="..." for yours)
+demo: $(VENV)/installed ## generate text: English, Chinese, one chat turn (MODEL=path-or-repo-id PROMPT="..." for yours)
 	@$(BIN)/python examples/demo.py $(if $(MODEL),--model "$(MODEL)") $(if $(PROMPT),--prompt "$(PROMPT)")
 
-chat: $(VENV)/installed ## talk with it in the terminal (MODEL=path-or-repo-id)
+chat: $(VENV)/installed ## chat in the terminal (MODEL=path-or-repo-id)
 	@$(BIN)/python examples/chat.py $(if $(MODEL),--model "$(MODEL)")
 
-serve: .venvs/serving/installed ## an OpenAI-compatible server, docs/serving.md (MODEL=path-or-repo-id PORT=8000)
+serve: .venvs/serving/installed ## start an OpenAI-compatible server, docs/serving.md (MODEL=path-or-repo-id PORT=8000)
 	@.venvs/serving/bin/python examples/serve.py $(if $(MODEL),--model "$(MODEL)") $(if $(PORT),--port $(PORT))
 
 .venvs/serving/installed: requirements.txt requirements-serving.txt
@@ -31,19 +31,19 @@ serve: .venvs/serving/installed ## an OpenAI-compatible server, docs/serving.md 
 	.venvs/serving/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-serving.txt
 	@touch $@
 
-test: $(VENV)/installed ## the tests
+test: $(VENV)/installed ## run the tests
 	$(BIN)/python -m pytest -q -m "not slow and not evaluation and not ecosystem and not gpu" -n 2 --dist loadfile
 
-quality: $(VENV)/installed ## lint, formatting, types
+quality: $(VENV)/installed ## check lint, formatting and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/basedpyright
 
-style: $(VENV)/installed ## mend what `quality` finds and can mend
+style: $(VENV)/installed ## fix what `quality` finds and can fix
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-test-evaluation: .venvs/evaluation/installed ## tests that run lm-eval, offline, in an environment of their own
+test-evaluation: .venvs/evaluation/installed ## run the tests with lm-eval, offline, in a separate environment
 	.venvs/evaluation/bin/python -m pytest -q -m evaluation tests/test_evaluation.py
 
 .venvs/evaluation/installed: requirements.txt requirements-dev.txt requirements-evaluation.txt
@@ -51,7 +51,7 @@ test-evaluation: .venvs/evaluation/installed ## tests that run lm-eval, offline,
 	.venvs/evaluation/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-dev.txt -r requirements-evaluation.txt
 	@touch $@
 
-test-ecosystem: .venvs/ecosystem/installed ## tests with peft, trl, bitsandbytes, onnxruntime, openai, ... in an environment of their own
+test-ecosystem: .venvs/ecosystem/installed ## run the tests with peft, trl, bitsandbytes, onnxruntime, openai, ... in a separate environment
 	.venvs/ecosystem/bin/python -m pytest -q -m ecosystem
 
 .venvs/ecosystem/installed: requirements.txt requirements-dev.txt requirements-serving.txt requirements-ecosystem.txt
@@ -59,7 +59,7 @@ test-ecosystem: .venvs/ecosystem/installed ## tests with peft, trl, bitsandbytes
 	.venvs/ecosystem/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-dev.txt -r requirements-ecosystem.txt
 	@touch $@
 
-test-vllm: .venvs/vllm/installed ## the same tokens from vLLM, offline and as a server
+test-vllm: .venvs/vllm/installed ## check that vLLM gives the same tokens, offline and as a server
 	.venvs/vllm/bin/python -m pytest -q -m vllm tests/engines
 
 .venvs/vllm/installed: requirements-vllm.txt
@@ -68,10 +68,10 @@ test-vllm: .venvs/vllm/installed ## the same tokens from vLLM, offline and as a 
 	.venvs/vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@
 
-test-llamacpp: .venvs/llamacpp/installed ## the same tokens from llama.cpp, which is built for it (needs a C++ compiler)
+test-llamacpp: .venvs/llamacpp/installed ## check that llama.cpp, built from source, gives the same tokens (needs a C++ compiler)
 	.venvs/llamacpp/bin/python -m pytest -q -m llamacpp tests/engines
 
-# The source also holds llama.cpp's converter to GGUF, which the package as installed lacks.
+# The source package also contains llama.cpp's converter to GGUF, which the installed package lacks.
 .venvs/llamacpp/installed: requirements.txt requirements-llamacpp.txt
 	$(PYTHON) -m venv --clear .venvs/llamacpp
 	.venvs/llamacpp/bin/python -m pip download --quiet --disable-pip-version-check --no-deps --dest .venvs/llamacpp \
@@ -82,17 +82,17 @@ test-llamacpp: .venvs/llamacpp/installed ## the same tokens from llama.cpp, whic
 		-r requirements.txt -r requirements-llamacpp.txt
 	@touch $@
 
-matrix: $(VENV)/installed ## every supported transformers version, each in a fresh environment and process
+matrix: $(VENV)/installed ## check every supported transformers version, each in a new environment and process
 	$(BIN)/python tools/matrix.py
 
-bench: $(VENV)/installed ## the CPU benchmarks (benchmarks/README.md), under 15 minutes
+bench: $(VENV)/installed ## run the CPU benchmarks (benchmarks/README.md), under 15 minutes
 	for file in cpu long_context loading tokenizer plot; do $(BIN)/python benchmarks/$$file.py || exit 1; done
 
-long-context: $(VENV)/installed ## loss and recall at 1 to 4 windows: docs/long-context-results.md
+long-context: $(VENV)/installed ## measure loss and recall at 1 to 4 windows: docs/long-context-results.md
 	$(BIN)/python tools/measure_long_context.py
 
-reliability: $(VENV)/installed ## fuzzing, threads, kill -9 and a soak at full length: docs/reliability.md
+reliability: $(VENV)/installed ## run fuzzing, concurrency, kill -9 and soak tests at full length: docs/reliability.md
 	$(BIN)/python tests/reliability.py
 
-tiny: $(VENV)/installed ## train checkpoints/tiny anew (about an hour)
+tiny: $(VENV)/installed ## retrain checkpoints/tiny (about an hour)
 	$(BIN)/python tools/train_tiny.py

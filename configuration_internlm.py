@@ -1,8 +1,8 @@
-"""What an InternLM v1 checkpoint says about itself.
+"""The configuration of an InternLM v1 checkpoint. Llama's, except:
 
-Llama's configuration, except: `bias` switches the biases of all four attention projections, and `rotary` is the one
-normal form of four historic ways to write the rotary setting (see `normalise_rotary`). Every field is validated when
-the configuration is built, before anything is allocated.
+* `bias` switches the biases of all four attention projections;
+* `rotary` is the normal form of the four published rotary dialects (see `normalise_rotary`);
+* every field is validated at construction, before anything is allocated.
 """
 
 from typing import Any
@@ -11,16 +11,17 @@ import transformers
 from transformers.activations import ACT2FN
 
 
-if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < (4, 57):
+_VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+if _VERSION < (4, 57):
     raise ImportError(
         f"InternLM needs transformers 4.57 or newer, and this is {transformers.__version__}: "
         'pip install -U "transformers>=4.57".'
     )
 
-# PretrainedConfig until 4.57, PreTrainedConfig from 5.0 (which keeps the old name as a deprecated alias).
-_BaseConfig: Any = getattr(transformers, "PreTrainedConfig", None) or transformers.PretrainedConfig
+# PretrainedConfig until 4.57; PreTrainedConfig from 5.0, where the old name is a deprecated alias.
+_BaseConfig: Any = transformers.PreTrainedConfig if _VERSION >= (5, 0) else transformers.PretrainedConfig
 
-# lm_head's split is named colwise_rep until 5.0 and lives in the model; these names are the same everywhere.
+# The names of these styles are the same in every version. lm_head's is not, so its plan is part of the model.
 _TENSOR_PARALLEL_PLAN = {
     "layers.*.self_attn.q_proj": "colwise",
     "layers.*.self_attn.k_proj": "colwise",
@@ -36,8 +37,8 @@ _PIPELINE_PARALLEL_PLAN = {
     "norm": (["hidden_states"], ["hidden_states"]),
 }
 
-# No InternLM v1 dimension comes near these; beyond them a config.json is broken or hostile, and is refused unbuilt.
-_LARGEST_SIZE, _MOST_LAYERS, _MOST_LABELS = 2**24, 1024, 2**20
+# Far above every InternLM v1 checkpoint: a larger value means a broken or hostile config.json.
+_MAX_SIZE, _MAX_LAYERS, _MAX_LABELS = 2**24, 1024, 2**20
 
 
 def _invalid(field: str, value: Any, allowed: str, fix: str = "correct it in config.json") -> ValueError:
@@ -64,25 +65,25 @@ def normalise_rotary(
     rope_scaling: dict | None = None,
     rope_parameters: dict | None = None,
 ) -> dict:
-    """Turn any published dialect of the rotary setting into `{"type", "base", "scaling_factor"}`.
+    """Convert any published dialect of the rotary setting to `{"type", "base", "scaling_factor"}`.
 
-    The dialects, of which one configuration uses one:
+    A configuration uses exactly one of these dialects:
 
-    1. nothing: dynamic NTK with base 10000, as the last official code reads it;
+    1. no field: dynamic NTK with base 10000, the default of the last official code;
     2. `rotary={"type": "origin" | "dynamic", "base": 10000, "scaling_factor": 1.0}` (the last official form);
-    3. `rope_theta=10000.0, rope_scaling=None | {"type": "dynamic", "factor": 1.0}` (the 20B in 2023); None is dynamic
-       with factor 1.0, because the official code never read these two fields;
+    3. `rope_theta=10000.0, rope_scaling=None | {"type": "dynamic", "factor": 1.0}` (the 20B in 2023); None means
+       dynamic with factor 1.0, because the official code never read these two fields;
     4. `rope_parameters={"rope_type": "default" | "dynamic", "rope_theta": 10000.0, "factor": 1.0}`.
 
     Args:
-        rotary, rope_theta, rope_scaling, rope_parameters: The fields as they stand in config.json.
+        rotary, rope_theta, rope_scaling, rope_parameters: The fields of config.json, unchanged.
 
     Returns:
-        `type` is "origin" (plain rotary) or "dynamic" (dynamic NTK beyond max_position_embeddings), `base` and
+        `type` is "origin" (plain rotary) or "dynamic" (dynamic NTK beyond max_position_embeddings); `base` and
         `scaling_factor` are floats.
 
     Raises:
-        ValueError: A field has the wrong type or range, or two dialects are mixed.
+        ValueError: A field has the wrong type or is out of range, or two dialects are mixed.
     """
     given = {"rotary": rotary, "rope_scaling": rope_scaling, "rope_parameters": rope_parameters}
     given = {field: value for field, value in given.items() if value is not None}
@@ -119,25 +120,25 @@ class InternLMConfig(_BaseConfig):
         hidden_size: Width of the residual stream; num_attention_heads times an even head_dim.
         intermediate_size: Width of the gated MLP.
         num_hidden_layers: Decoder layers.
-        num_attention_heads: Attention heads; InternLM v1 has no grouped keys.
-        num_key_value_heads: Accepted for tools that write it; must equal num_attention_heads.
-        hidden_act: Activation of the MLP's gate, a name of `transformers.activations.ACT2FN`.
+        num_attention_heads: Attention heads; InternLM v1 has no grouped-query attention.
+        num_key_value_heads: Accepted because tools write it; must equal num_attention_heads.
+        hidden_act: Activation of the MLP's gate, a key of `transformers.activations.ACT2FN`.
         max_position_embeddings: Trained window in tokens, the M of dynamic NTK.
-        initializer_range: Standard deviation of freshly initialised weights.
+        initializer_range: Standard deviation of newly initialised weights.
         rms_norm_eps: Added to the mean square in RMSNorm.
         use_cache: Whether a forward returns keys and values by default.
-        pad_token_id: Token for padding. 0 (`<unk>`), never eos: padding with eos hides it from the training loss.
-        bos_token_id, eos_token_id: Sequence start, and sequence end (an integer or a list).
+        pad_token_id: Padding token. 0 (`<unk>`), never eos: padding with eos masks eos in the training loss.
+        bos_token_id, eos_token_id: Start of sequence, and end of sequence (an integer or a list).
         tie_word_embeddings: Whether the output head shares the embedding's weight.
         bias: Biases on q, k, v and o projections: True for the 7B family, False for the 20B.
         rotary: See `normalise_rotary`, which also reads rope_theta, rope_scaling and rope_parameters.
 
     Raises:
-        ValueError: A field is out of range; the message names field, value, what is allowed and what to do.
+        ValueError: A field is invalid; the message gives its name and value, what is allowed, and the fix.
     """
 
     model_type = "internlm"
-    keys_to_ignore_at_inference = ["past_key_values", "cache"]  # its name until transformers 5.23, and since
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]  # "cache" from transformers 5.24
     base_model_tp_plan = _TENSOR_PARALLEL_PLAN
     base_model_pp_plan = _PIPELINE_PARALLEL_PLAN
     _auto_class = "AutoConfig"
@@ -181,21 +182,7 @@ class InternLMConfig(_BaseConfig):
         head_dim = kwargs.pop("head_dim", None)
         self._validate(head_dim)
         special = {"pad_token_id": pad_token_id, "bos_token_id": bos_token_id, "eos_token_id": eos_token_id}
-        for field, value in special.items():
-            for token in value if isinstance(value, list) and field == "eos_token_id" else [value]:
-                if token is not None:
-                    _check_int(field, token, 0, vocab_size - 1)
-        _check_int("num_labels", kwargs.get("num_labels") or 0, 0, _MOST_LABELS)  # each gets a name
-        if methods := [name for name in kwargs if callable(getattr(type(self), name, None))]:
-            raise _invalid(methods[0], kwargs[methods[0]], "absent: it is a method", "remove it")
-        try:
-            super().__init__(tie_word_embeddings=tie_word_embeddings, **special, **kwargs)
-            # transformers 5 drops the special tokens, as settings of generation; 4.57 keeps them.
-            for field, value in special.items():
-                setattr(self, field, value)
-            self.to_json_string(use_diff=False)
-        except Exception as error:  # whatever comes of a field of the library's that has the wrong type
-            raise ValueError(f"InternLMConfig: transformers refuses a field of config.json ({error!r}).") from error
+        self._set_inherited(special, kwargs)
 
     @property
     def head_dim(self) -> int:
@@ -204,8 +191,8 @@ class InternLMConfig(_BaseConfig):
 
     def _validate(self, head_dim: int | None) -> None:
         for field in ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads"):
-            _check_int(field, getattr(self, field), 1, _LARGEST_SIZE)
-        _check_int("num_hidden_layers", self.num_hidden_layers, 1, _MOST_LAYERS)
+            _check_int(field, getattr(self, field), 1, _MAX_SIZE)
+        _check_int("num_hidden_layers", self.num_hidden_layers, 1, _MAX_LAYERS)
         _check_int("max_position_embeddings", self.max_position_embeddings, 1, 2**31)
         _check_positive("rms_norm_eps", self.rms_norm_eps, 1.0)
         _check_positive("initializer_range", self.initializer_range, 10.0)
@@ -221,12 +208,31 @@ class InternLMConfig(_BaseConfig):
             raise _invalid(
                 "num_key_value_heads",
                 self.num_key_value_heads,
-                f"equal to num_attention_heads ({self.num_attention_heads}), as InternLM v1 has no grouped keys",
+                f"equal to num_attention_heads ({self.num_attention_heads})",
+                "correct it in config.json (InternLM v1 has no grouped-query attention)",
             )
         if head_dim is not None and head_dim != self.head_dim:
             raise _invalid("head_dim", head_dim, f"hidden_size / num_attention_heads ({self.head_dim})", "remove it")
 
-    # transformers 5 makes every configuration a dataclass, whose __eq__ would compare no field of a plain __init__.
+    def _set_inherited(self, special: dict[str, Any], kwargs: dict[str, Any]) -> None:
+        """Check and set the fields of the base class; call this last, because it serialises the configuration."""
+        for field, value in special.items():
+            for token in value if isinstance(value, list) and field == "eos_token_id" else [value]:
+                if token is not None:
+                    _check_int(field, token, 0, self.vocab_size - 1)
+        _check_int("num_labels", kwargs.get("num_labels") or 0, 0, _MAX_LABELS)  # the base class makes a name for each
+        if methods := [name for name in kwargs if callable(getattr(type(self), name, None))]:
+            raise _invalid(methods[0], kwargs[methods[0]], "absent: it is a method", "remove it")
+        try:
+            super().__init__(tie_word_embeddings=self.tie_word_embeddings, **special, **kwargs)
+            # From 5.0 the base class drops the special token ids; 4.57 keeps them.
+            for field, value in special.items():
+                setattr(self, field, value)
+            self.to_json_string(use_diff=False)
+        except Exception as error:  # a field of the base class has the wrong type: any exception may follow
+            raise ValueError(f"InternLMConfig: transformers refuses a field of config.json ({error!r}).") from error
+
+    # From 5.0 configurations are dataclasses, whose generated __eq__ ignores attributes that a plain __init__ sets.
     def __eq__(self, other: Any) -> bool:
         return isinstance(other, _BaseConfig) and self.to_dict() == other.to_dict()
 
