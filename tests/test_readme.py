@@ -239,6 +239,23 @@ def test_commands_and_paths_exist(name: str):
     assert not missing, f"{name} names what does not exist: {sorted(missing)}"
 
 
+def _test_names(paths: str) -> set[str]:
+    """The test functions of one file, or of all files below tests/, and the strings that may be their parameters."""
+    files = [ROOT / paths] if paths else [*ROOT.glob("tests/**/test_*.py")]
+    text = "\n".join(file.read_text(encoding="utf-8") for file in files)
+    return {name or string for name, string in re.findall(r'^def (test_\w+)|"([\w ]+)"', text, re.MULTILINE)}
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_pytest_selections_match_a_test(name: str):
+    """Every word of a quoted `pytest ... -k "one or other"` is part of the name or a parameter of a test."""
+    for command in re.findall(r"\bpytest [^`\n]*-k [^`\n]*", PAGES[name]):
+        paths = re.search(r"tests/\S+\.py", command)
+        tests = _test_names(paths[0] if paths else "")
+        words = set(re.findall(r"\w+", command.split("-k ")[1])) - {"or"}
+        assert words and not [word for word in words if not any(word in test for test in tests)], command
+
+
 def test_generated_blocks_are_marked():
     """The blocks that tools rewrite are where they look for them, once."""
     for mark in ("matrix", "speed"):
