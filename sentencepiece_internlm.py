@@ -1,6 +1,6 @@
-"""Reads tokenizer.model, a SentencePiece model, with a few lines of protobuf wire format.
+"""Reads tokenizer.model, a SentencePiece model, without protobuf or sentencepiece.
 
-Neither protobuf nor sentencepiece is needed for it. The message formats are those of sentencepiece_model.proto.
+The message formats are those of sentencepiece_model.proto.
 """
 
 import os
@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6  # SentencePiece.Type
 _TRAINER, _NORMALIZER = 2, 3  # fields of its ModelProto; field 1 is a piece
-# What a model must say to be encoded as here: (message, field) -> name, the value needed, the value when unset.
+# The settings that InternLMTokenizer implements: (message, field) -> name, required value, default in the format.
 _SETTINGS = {
     (_TRAINER, 3): ("model_type (2 is BPE)", 2, 1),
     (_TRAINER, 35): ("byte_fallback", 1, 0),
@@ -23,17 +23,18 @@ _SETTINGS = {
 
 
 def _varint(data: bytes, at: int) -> tuple[int, int]:
+    """The number that starts at byte `at`, and the offset after it."""
     value = 0
     for shift in range(0, 64, 7):
         value |= (data[at] & 127) << shift
         at += 1
         if data[at - 1] < 128:
             return value, at
-    raise ValueError(f"number too long at byte {at}")
+    raise ValueError(f"varint too long at byte {at}")
 
 
 def _fields(data: bytes) -> list[tuple[int, Any]]:
-    """Split one protobuf message into (field number, int or bytes); LookupError or ValueError where it is broken."""
+    """Split a protobuf message into (field number, int or bytes); LookupError or ValueError if it is malformed."""
     found, at, size = [], 0, len(data)
     while at < size:
         key, at = (data[at], at + 1) if data[at] < 128 else _varint(data, at)
@@ -44,14 +45,14 @@ def _fields(data: bytes) -> list[tuple[int, Any]]:
             value = {1: 8, 5: 4}[kind]
         if kind:
             if at + value > size:
-                raise ValueError(f"cut short at byte {size}")
+                raise ValueError(f"truncated at byte {size}")
             value, at = data[at : at + value], at + value
         found.append((key >> 3, value))
     return found
 
 
 class SentencePieceModel(NamedTuple):
-    """What tokenizer.model holds, each list in the order of the ids."""
+    """The pieces of tokenizer.model, each list in the order of the ids."""
 
     pieces: list[str]
     scores: list[float]
@@ -62,11 +63,11 @@ def read_model(path: str | os.PathLike | None) -> SentencePieceModel:
     """Read a SentencePiece model.
 
     Raises:
-        ValueError: the file is missing, a Git LFS pointer, broken, or a model with settings other than InternLM's.
-            Not OSError: transformers replaces an OSError by one that says nothing about the cause.
+        ValueError: the file is missing, a Git LFS pointer, broken, or a model with other settings than InternLM's.
+            Not OSError: transformers would replace it by one that hides the cause.
     """
     if not path or not os.path.isfile(path):
-        raise ValueError("tokenizer.model is missing: put InternLM's into the folder, beside tokenizer_config.json.")
+        raise ValueError("tokenizer.model is missing: put InternLM's into the folder, next to tokenizer_config.json.")
     with open(path, "rb") as file:
         data = file.read()
     if data.startswith(b"version https://git-lfs"):
@@ -97,7 +98,7 @@ def read_model(path: str | os.PathLike | None) -> SentencePieceModel:
     ]
     if wrong or types.count(BYTE) != 256 or set(types) - {NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE}:
         raise ValueError(
-            f"{path} is not InternLM's but another model's tokenizer ({'; '.join(wrong) or 'its pieces differ'}): "
+            f"{path} is another model's tokenizer, not InternLM's ({'; '.join(wrong) or 'its pieces differ'}): "
             "load it with its own class, or put InternLM's file there."
         )
     return SentencePieceModel(pieces, scores, types)

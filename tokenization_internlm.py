@@ -1,13 +1,13 @@
 """The InternLM v1 tokenizer: a SentencePiece BPE model with byte fallback, run by the Rust `tokenizers` library.
 
 SentencePiece and nothing more, except:
-* `<s>`, `</s>`, `<unk>` and the user-defined pieces (`<eoh>`, `<eoa>`, ...) in a text become their ids, as in the
-  official tokenizer; `split_special_tokens=True` encodes all of them as plain text.
-* NUL is the piece that the model has for it (354), as in 2023; sentencepiece 0.2 encodes it as byte 0.
+* `<s>`, `</s>`, `<unk>` and the user-defined pieces (`<eoh>`, `<eoa>`, ...) in a text are encoded as their ids, as in
+  the official tokenizer; with `split_special_tokens=True` they are encoded as plain text.
+* NUL is encoded as the model's own piece for it (354), as in 2023; sentencepiece 0.2 encodes it as byte 0.
 * Special tokens decode to their names, or to nothing with `skip_special_tokens=True`.
 * `apply_chat_template` never turns text from a message, tool or document into a control token.
 
-`tokenizer.model` is read by sentencepiece_internlm.py: neither protobuf nor sentencepiece is needed.
+sentencepiece_internlm.py reads `tokenizer.model`; neither protobuf nor sentencepiece is needed.
 """
 
 import copy
@@ -26,7 +26,7 @@ from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
 
-# As in configuration_internlm.py, which the tokenizer does without; before the import that old versions fail at.
+# As in configuration_internlm.py, which the tokenizer does not import; before the imports that old versions lack.
 if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < (4, 57):
     raise ImportError(
         f"InternLM needs transformers 4.57 or newer, and this is {transformers.__version__}: "
@@ -46,11 +46,11 @@ _CLEANED = (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're")
 
 
 def _build_backend(path: str | None) -> Tokenizer:
-    """Make the Rust tokenizer that encodes as SentencePiece does with the model at `path`."""
+    """Build the Rust tokenizer that encodes as SentencePiece does with the model at `path`."""
     pieces, scores, types = read_model(path)
     normal = {piece for piece, kind in zip(pieces, types, strict=True) if kind == NORMAL}
-    # SentencePiece joins the neighbours whose union has the best score. The official model is glued from three, so its
-    # ids are not in the order of its scores. Sorting is stable: ties go by id.
+    # SentencePiece merges the adjacent pieces whose union has the highest score. The official model was concatenated
+    # from three, so its ids are not ordered by score. Sorting is stable: equal scores stay in the order of their ids.
     ranked = sorted((i for i, kind in enumerate(types) if kind == NORMAL), key=lambda i: -scores[i])
     merges = [
         (left, right)
@@ -61,9 +61,9 @@ def _build_backend(path: str | None) -> Tokenizer:
     vocabulary = {piece: i for i, piece in enumerate(pieces)}
     unknown = pieces[types.index(UNKNOWN)]
     backend = Tokenizer(BPE(vocab=vocabulary, merges=merges, unk_token=unknown, byte_fallback=True))
-    # No pre-tokenizer: with one and a vocabulary over 100,000, transformers tries a patch that may use the network.
+    # No pre-tokenizer: with one, and a vocabulary over 100,000, transformers tries a fix that may use the network.
     backend.normalizer = normalizers.Replace(" ", _SPACE)
-    # For tools that use the backend alone. InternLMTokenizer.decode differs in invalid UTF-8 and in U+2581 from bytes.
+    # For tools that use the backend alone. InternLMTokenizer.decode differs for invalid UTF-8 and for U+2581 in bytes.
     backend.decoder = decoders.Sequence([decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
     control = [piece for piece, kind in zip(pieces, types, strict=True) if kind in (UNKNOWN, CONTROL, USER_DEFINED)]
     backend.add_special_tokens([AddedToken(piece, special=True, normalized=False) for piece in control])
@@ -78,7 +78,7 @@ def _load_backend(path: str) -> Tokenizer:
 
 
 class _Uncopied:
-    """Hands a backend to transformers without the deep copy it makes of `tokenizer_object`, which takes a second."""
+    """Prevents the deep copy that transformers makes of `tokenizer_object`, which takes a second."""
 
     def __init__(self, backend: Tokenizer):
         self.backend = backend
@@ -94,7 +94,7 @@ def _piece_bytes(piece: str) -> bytes:
 
 
 def _join(pieces: Iterable[bytes]) -> str:
-    """Join pieces as SentencePiece does: each byte that is not part of valid UTF-8 becomes one U+FFFD."""
+    """Join pieces as SentencePiece does: each byte that is not part of a valid UTF-8 sequence becomes one U+FFFD."""
     data = b"".join(pieces)
     try:
         return data.decode()
@@ -103,7 +103,7 @@ def _join(pieces: Iterable[bytes]) -> str:
 
 
 def _map_strings(value: Any, change: Callable[[str], str]) -> Any:
-    """Copy messages, tools or template variables with every string in them, keys too, changed."""
+    """Copy messages, tools or template variables, applying `change` to every string in them, keys included."""
     if isinstance(value, str):
         return change(value)
     if isinstance(value, Mapping):
@@ -120,7 +120,7 @@ def _map_strings(value: Any, change: Callable[[str], str]) -> Any:
 
 
 def _join_parts(value: Any) -> Any:
-    """Plain messages with the text parts of each content made one: a header must not hide in the seam of two."""
+    """Merge the text parts of each content: a role header could otherwise be split between two of them."""
     if isinstance(value, list):
         texts: list[Any] = [part.get("text") if isinstance(part, dict) else None for part in value]
         if texts and all(isinstance(text, str) for text in texts):
@@ -138,27 +138,27 @@ def _guard_role_headers(text: str, how: str) -> str:
 
 
 class InternLMTokenizer(PreTrainedTokenizerFast):
-    """Tokenizer of InternLM v1, fast, with offsets; the same class answers use_fast=True and use_fast=False.
+    """Tokenizer of InternLM v1, fast, with offsets; the same class for use_fast=True and use_fast=False.
 
     Args:
-        vocab_file: path of tokenizer.model, a SentencePiece model. Its pieces, not this class, say which control
-            tokens there are.
-        tokenizer_file: path of a tokenizer.json that save_pretrained() wrote; preferred where both exist, because it
-            also holds added tokens.
-        add_bos_token, add_eos_token: put bos in front, eos at the end. Unset: what tokenizer.json says, else True and
+        vocab_file: path of tokenizer.model, a SentencePiece model. Its pieces, not this class, define the control
+            tokens.
+        tokenizer_file: path of a tokenizer.json written by save_pretrained(); preferred where both exist, because it
+            also contains added tokens.
+        add_bos_token, add_eos_token: prepend bos, append eos. Default: the setting in tokenizer.json, else True and
             False.
-        kwargs: what every transformers tokenizer takes. Unlike there, `padding_side` is "left" unless set.
+        kwargs: arguments of every transformers tokenizer. Here, `padding_side` defaults to "left".
 
     Raises:
-        ValueError: a file is missing or broken; the message says which and what to do.
+        ValueError: a file is missing or broken; the message names it and the fix.
     """
 
     vocab_files_names = {"vocab_file": "tokenizer.model", "tokenizer_file": "tokenizer.json"}
     model_input_names = ["input_ids", "attention_mask"]
     padding_side = "left"
     slow_tokenizer_class = None
-    _pieces: tuple[dict[int, bytes], frozenset[int]] | None = None  # made by the first decode()
-    _chat_backend: tuple[dict[str, str], Tokenizer] | None = None  # made by apply_chat_template()
+    _pieces: tuple[dict[int, bytes], frozenset[int]] | None = None  # built by the first decode()
+    _chat_backend: tuple[dict[str, str], Tokenizer] | None = None  # built by apply_chat_template()
     _ready = False
 
     def __init__(
@@ -178,10 +178,10 @@ class InternLMTokenizer(PreTrainedTokenizerFast):
         if backend is None:
             backend = _load_backend(tokenizer_file) if tokenizer_file else _build_backend(vocab_file)
         saved = json.loads(backend.post_processor.__getstate__()) if backend.post_processor else {}
-        if saved.get("type") == "TemplateProcessing":  # the only place where transformers 5 keeps the two flags
+        if saved.get("type") == "TemplateProcessing":  # transformers 5 saves the two flags only here
             add_bos_token = "SpecialToken" in saved["single"][0] if add_bos_token is None else add_bos_token
             add_eos_token = "SpecialToken" in saved["single"][-1] if add_eos_token is None else add_eos_token
-        # save_pretrained() writes the current value of those settings that were given to the base class.
+        # save_pretrained() writes the current values of only those settings that were passed to the base class.
         for name in ("padding_side", "truncation_side"):
             kwargs.setdefault(name, getattr(self, name))
         for name in ("clean_up_tokenization_spaces", "split_special_tokens"):
@@ -204,7 +204,7 @@ class InternLMTokenizer(PreTrainedTokenizerFast):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *inputs: Any, **kwargs: Any) -> Any:
-        """As in transformers; says what is wrong with a broken file where transformers does not."""
+        """As in transformers, with errors that explain what is wrong with a broken file."""
         try:
             return super().from_pretrained(pretrained_model_name_or_path, *inputs, **kwargs)
         except json.JSONDecodeError as error:
@@ -213,7 +213,7 @@ class InternLMTokenizer(PreTrainedTokenizerFast):
                 f"({error}): run `git lfs pull` in the folder, or fetch tokenizer*.json again."
             ) from error
         except (ImportError, TypeError, AttributeError, LookupError, RecursionError) as error:
-            # Up to 5.0, whatever __init__ raises is replaced by "protobuf is missing" where protobuf is missing.
+            # Up to 5.0, without protobuf, any error in __init__ is replaced by one about the missing protobuf.
             cause = error.__context__ if isinstance(error, ImportError) else error
             if isinstance(cause, ValueError):
                 raise cause from None
@@ -226,7 +226,7 @@ class InternLMTokenizer(PreTrainedTokenizerFast):
 
     @classmethod
     def convert_to_native_format(cls, **kwargs: Any) -> dict[str, Any]:
-        """Leave the files to __init__: transformers 5 would read them first, with protobuf or with merges by id."""
+        """Leave the files to __init__: transformers 5 would parse them with protobuf, or order merges by id."""
         return kwargs
 
     def __setattr__(self, key: str, value: Any) -> None:
@@ -235,11 +235,11 @@ class InternLMTokenizer(PreTrainedTokenizerFast):
             self.update_post_processor()
 
     def __getstate__(self) -> dict[str, Any]:
-        """What pickle and copy take along: everything but what can be made again."""
+        """The state for pickle and copy: everything except what can be rebuilt."""
         return {key: value for key, value in self.__dict__.items() if key not in ("_pieces", "_chat_backend")}
 
     def update_post_processor(self) -> None:
-        """Make the backend add the bos and eos tokens of this moment: bos A [B] eos."""
+        """Make the backend add the current bos and eos tokens: bos A [B] eos."""
         bos: list[Any] = [self.bos_token] if self.add_bos_token and self.bos_token else []
         eos: list[Any] = [self.eos_token] if self.add_eos_token and self.eos_token else []
         before, after = [f"{token}:0" for token in bos], [f"{token}:0" for token in eos]
@@ -253,22 +253,22 @@ class InternLMTokenizer(PreTrainedTokenizerFast):
         self._pieces = self._chat_backend = None
         added = super().add_tokens(new_tokens, special_tokens=special_tokens)
         if self._ready:
-            self.update_post_processor()  # a bos or eos token may have got its id only now
+            self.update_post_processor()  # bos or eos may be among the new tokens
         return added
 
     @property
     def all_special_tokens(self) -> list[str]:
-        """Every control token: unk, bos, eos, pad and what else the model or the user marked as special."""
+        """Every control token: unk, bos, eos, pad and all others that the model or the user marked as special."""
         added = self._tokenizer.get_added_tokens_decoder().values()
         return list(dict.fromkeys([*super().all_special_tokens, *(token.content for token in added if token.special)]))
 
     def encode(self, text: Any, *args: Any, **kwargs: Any) -> Any:
-        """Turn a text into ids, as in transformers, but faster: no place in the text is looked up for each token."""
+        """Encode a text as in transformers, but faster: offsets are not computed."""
         if not isinstance(text, str) or args or kwargs.keys() - {"add_special_tokens", "split_special_tokens"}:
             return super().encode(text, *args, **kwargs)
         backend, split = self._tokenizer, kwargs.get("split_special_tokens")
         split = self.split_special_tokens if split is None else split
-        # Only what an earlier call left is changed: another thread may be reading the settings.
+        # Reset only what an earlier call changed: another thread may be reading the settings.
         if backend.encode_special_tokens != split:
             backend.encode_special_tokens = split
         if backend.truncation is not None:
@@ -285,13 +285,13 @@ class InternLMTokenizer(PreTrainedTokenizerFast):
         clean_up_tokenization_spaces: bool | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Turn ids back into text, losslessly: the text of SentencePiece's decode, with special tokens by name.
+        """Decode ids losslessly: the text of SentencePiece's decode, with special tokens by name.
 
         Args:
             token_ids: an id, a sequence of ids or a batch of sequences; lists, arrays or tensors.
             skip_special_tokens: leave special tokens out.
             clean_up_tokenization_spaces: remove the space before English punctuation, as the 2023 tokenizer always
-                did; it damages code. Unset: the attribute of that name, False by default.
+                did; it damages code. Default: the attribute of that name, which is False unless set.
 
         Returns:
             A string, or a list of strings for a batch.
@@ -308,7 +308,7 @@ class InternLMTokenizer(PreTrainedTokenizerFast):
         pieces, special_ids = self._piece_table()
         try:
             if skip_special_tokens and not special_ids.isdisjoint(ids):
-                # Bytes before and after a skipped token are not one character.
+                # Bytes before and after a skipped token never form one character.
                 runs = groupby(ids, special_ids.__contains__)
                 text = "".join(_join(map(pieces.__getitem__, run)) for special, run in runs if not special)
             else:
@@ -324,7 +324,7 @@ class InternLMTokenizer(PreTrainedTokenizerFast):
         return self.clean_up_tokenization(text) if clean else text
 
     def _piece_table(self) -> tuple[dict[int, bytes], frozenset[int]]:
-        """The bytes of every id, and the special ids; made at first use and after tokens were added."""
+        """The bytes of every id, and the special ids; built on first use and after tokens were added."""
         table = self._pieces
         if table is None:
             added = self._tokenizer.get_added_tokens_decoder()
@@ -339,13 +339,13 @@ class InternLMTokenizer(PreTrainedTokenizerFast):
         return _join(pieces[i] if i is not None else _piece_bytes(token) for i, token in zip(ids, tokens, strict=True))
 
     def clean_up_tokenization(self, text: str) -> str:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Remove the spaces that the library removes; transformers 5.0 lacks this method."""
+        """Remove the same spaces as transformers, whose version 5.0 lacks this method."""
         for spaced in _CLEANED:
             text = text.replace(spaced, spaced.strip())
         return text
 
     def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str, ...]:
-        """Copy tokenizer.model, where this tokenizer still has one; return the path of the copy."""
+        """Copy tokenizer.model, if this tokenizer has one; return the path of the copy."""
         if not self.vocab_file or not os.path.isfile(self.vocab_file):
             return ()
         name = (filename_prefix + "-" if filename_prefix else "") + self.vocab_files_names["vocab_file"]
@@ -361,7 +361,7 @@ class InternLMTokenizer(PreTrainedTokenizerFast):
         legacy_format: bool | None = None,
         filename_prefix: str | None = None,
     ) -> tuple[str, ...]:
-        # A fast tokenizer saves tokenizer.json alone. Before push_to_hub uploads: hence not in save_pretrained.
+        # A fast tokenizer saves only tokenizer.json. Not in save_pretrained: its push_to_hub would already be done.
         files = super()._save_pretrained(save_directory, file_names, legacy_format, filename_prefix)
         return (*files, *self.save_vocabulary(str(save_directory), filename_prefix))
 
@@ -377,20 +377,20 @@ class InternLMTokenizer(PreTrainedTokenizerFast):
         role_headers: str = "keep",
         **kwargs: Any,
     ) -> Any:
-        """Render a conversation, and encode it so that only the template's own control tokens are control tokens.
+        """Render and encode a conversation so that only the template's own control tokens are encoded as such.
 
         As in transformers, except that `<eoa>`, `</s>` and all other special tokens inside messages, tools, documents
-        and template variables are encoded as plain text, on every version and without being asked to
-        (`sanitize_control_tokens` is accepted and ignored). With tokenize=False the result is one plain string, which
-        cannot tell them apart: whoever encodes it later must not trust it.
+        and template variables are always encoded as plain text, on every version (`sanitize_control_tokens` is
+        accepted and ignored). With tokenize=False the result is a plain string, in which the two cannot be told
+        apart: do not trust the control tokens in it.
 
         Args:
-            role_headers: what to do where a message, tool or document holds `<|User|>`, `<|Bot|>` or `<|System|>`,
-                which are plain text to this model and start a turn: "keep" them, "break" them with spaces, or
-                "refuse" them with an error.
+            role_headers: how to treat `<|User|>`, `<|Bot|>` or `<|System|>` in a message, tool or document. They are
+                plain text to this model, but start a turn: "keep" them, "break" them with spaces, or "refuse" them
+                with an error.
 
         Raises:
-            ValueError: role_headers is "refuse" and there is one.
+            ValueError: role_headers is "refuse" and a header was found.
         """
         kwargs.pop("sanitize_control_tokens", None)
         if role_headers != "keep":
@@ -421,18 +421,18 @@ class InternLMTokenizer(PreTrainedTokenizerFast):
 
     @staticmethod
     def parse_tool_calls(reply: str) -> dict[str, Any]:
-        """Turn a reply in the ReAct form of the chat template into a message; the template turns it back.
+        """Parse a reply in the ReAct form of the chat template into a message; the template renders it as that reply.
 
         Args:
-            reply: text as generated, without control tokens: perhaps a thought, then any number of `Action: name`
+            reply: the generated text without control tokens: optionally a thought, then any number of `Action: name`
                 lines, each followed by `Action Input:` and a JSON object.
 
         Returns:
-            {"role": "assistant", "content": what stands before the first call}, and where there are calls also
-            "tool_calls", each {"type": "function", "function": {"name": str, "arguments": dict}}.
+            {"role": "assistant", "content": the text before the first call}, and if there are calls "tool_calls",
+            each {"type": "function", "function": {"name": str, "arguments": dict}}.
 
         Raises:
-            ValueError: a call without a name, without arguments, or whose arguments are no JSON object.
+            ValueError: a call without a name or arguments, or with arguments that are not a JSON object.
         """
         calls, first = [], None
         for found in _TOOL_CALL.finditer(reply):
@@ -445,17 +445,17 @@ class InternLMTokenizer(PreTrainedTokenizerFast):
             if not name or not isinstance(arguments, dict):
                 raise ValueError(
                     f"Not a tool call: {found.group().strip()!r}. It must be a line `Action: name` and then "
-                    "`Action Input:` with a JSON object; send this back as the tool's response, or generate anew."
+                    "`Action Input:` with a JSON object; send this back as the tool's response, or generate again."
                 )
             calls.append({"type": "function", "function": {"name": name, "arguments": arguments}})
         message = {"role": "assistant", "content": reply if first is None else reply[:first]}
         return {**message, "tool_calls": calls} if calls else message
 
     def _chat_marks(self, inputs: Any, chat_template: str | None) -> dict[str, str]:
-        """For every character that begins a special token and occurs in the inputs, a character that occurs nowhere.
+        """Map each character that starts a special token to one that occurs in neither inputs nor template.
 
-        With these in its place no special token can begin in the text of a user, whole or put together from several
-        strings. One for one, so that offsets stay those of the text.
+        With these substitutes, no special token can start in the text of a user, even one assembled from several
+        strings. Each replaces one character, so that offsets stay valid.
         """
         strings: list[str] = [str(chat_template or self.chat_template)]
         _map_strings(inputs, lambda text: strings.append(text) or text)
@@ -465,14 +465,14 @@ class InternLMTokenizer(PreTrainedTokenizerFast):
         return dict(zip(sorted(first), free, strict=False)) if first & used else {}
 
     def _marked_backend(self, marks: dict[str, str]) -> Tokenizer:
-        """A backend that reads the marks as the characters they stand for, but only after special tokens are found."""
+        """A backend that replaces the marks by their original characters, but only after finding special tokens."""
         known, backend = self._chat_backend or ({}, None)
         if backend is None or known != marks:
             backend = Tokenizer(self._tokenizer.model)  # the same model, not a copy
             backend.normalizer = normalizers.Sequence(
                 [normalizers.Replace(mark, plain) for plain, mark in marks.items()] + [self._tokenizer.normalizer]
             )
-            for _, token in sorted(self._tokenizer.get_added_tokens_decoder().items()):  # in order: ids are given so
+            for _, token in sorted(self._tokenizer.get_added_tokens_decoder().items()):  # in the order of their ids
                 state: Any = token.__getstate__()
                 backend.add_tokens([AddedToken(**state | {"normalized": token.normalized and not token.special})])
             backend.decoder = self._tokenizer.decoder

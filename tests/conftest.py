@@ -1,4 +1,4 @@
-"""Fixtures that the tests share. `tiny_dir` is a model folder exactly as it would lie on the Hub."""
+"""Fixtures for all tests. `tiny_dir` is a model folder exactly as it would be uploaded to the Hub."""
 
 import os
 import signal
@@ -8,11 +8,11 @@ import types
 from pathlib import Path
 
 
-# No test may reach the network: what loads, loads from a folder or from the loopback Hub that the test itself runs.
+# No test accesses the network: models are loaded from folders, or from a Hub that the test runs on the loopback.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-# A shell starts what runs in its background with Ctrl-C ignored, and the tests' own programs would inherit that.
+# A shell starts background jobs with SIGINT ignored, which the tests' child processes would inherit.
 if threading.current_thread() is threading.main_thread():
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -26,19 +26,19 @@ from tools import package
 from support.paths import TINY
 
 
-# Tests whose packages only one environment has, and the marker that runs them there.
+# Tests that need the packages of a separate environment, and the marker that selects them there.
 OWN_ENVIRONMENTS = {"ecosystem": "ecosystem", "test_vllm.py": "vllm", "test_llamacpp.py": "llamacpp"}
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """Import such tests only with their marker: other environments lack their packages, that one must not."""
+    """Import these tests only with their marker: other environments lack their packages."""
     marker = OWN_ENVIRONMENTS.get(collection_path.name)
     return True if marker and config.getoption("markexpr") != marker else None
 
 
 @pytest.fixture(scope="session")
 def modeling() -> types.ModuleType:
-    """modeling_internlm.py, imported without going through a model folder."""
+    """modeling_internlm.py, imported from this checkout instead of a model folder."""
     return package.load("modeling")
 
 
@@ -50,13 +50,13 @@ def rotary() -> types.ModuleType:
 
 @pytest.fixture(scope="session")
 def configuration() -> types.ModuleType:
-    """configuration_internlm.py, imported without going through a model folder."""
+    """configuration_internlm.py, imported from this checkout instead of a model folder."""
     return package.load("configuration")
 
 
 @pytest.fixture(scope="session")
 def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """checkpoints/tiny assembled into a complete model folder. Read it only; tests that write make their own copy."""
+    """checkpoints/tiny assembled into a complete model folder. Read-only: tests that write make a copy."""
     from upload_to_hub import assemble
 
     out = tmp_path_factory.mktemp("hub") / "internlm-tiny"
@@ -73,7 +73,7 @@ def tiny_tokenizer(tiny_dir: Path):
 
 @pytest.fixture(scope="session")
 def tiny_model(tiny_dir: Path):
-    """The tiny model in float32, in evaluation mode. Tests do not change it."""
+    """The tiny model in float32, in evaluation mode. Tests must not change it."""
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(tiny_dir, trust_remote_code=True, dtype=torch.float32).eval()

@@ -1,7 +1,7 @@
-"""What must hold on every supported transformers; `make matrix` runs this file in each version's own environment.
+"""Checks for every supported version of transformers; `make matrix` runs this file in a separate environment for each.
 
-pytest does not collect it by itself. All of test_golden.py is part of it, on the classes as transformers loads them
-from a model folder. The environments hold torch, transformers, jinja2 and pytest, and nothing else.
+pytest does not collect it by default. It includes all tests of test_golden.py, run on the classes as transformers
+loads them from a model folder. The environments hold torch, transformers, jinja2 and pytest only.
 """
 
 import json
@@ -31,7 +31,7 @@ from support.golden import CHECKPOINTS, assert_near, jsonl, load
 from support.paths import GOLDEN, ROOT
 
 
-# On the newest version (tools/matrix.py says which) a call that will stop working there is an error already.
+# On the newest version (set by tools/matrix.py), deprecated calls are errors.
 if os.environ.get("MATRIX_NEWEST") == "1":
     pytestmark = [pytest.mark.filterwarnings(f"error::{kind}") for kind in ("FutureWarning", "DeprecationWarning")]
 
@@ -42,7 +42,7 @@ HEADS = {
     AutoModelForTokenClassification: "InternLMForTokenClassification",
     AutoModelForQuestionAnswering: "InternLMForQuestionAnswering",
 }
-# Run in another process: loads the folder argv[1] and prints the last logits of the token ids argv[2].
+# Run in a new process: loads the folder argv[1] and prints the last logits of the token ids argv[2].
 FRESH_PROCESS = """
 import json, sys, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -55,7 +55,7 @@ print(json.dumps({"dtype": str(model.dtype), "logits": logits.tolist(), "ids": t
 
 
 def write_folder(folder: Path, name: str) -> Path:
-    """A complete model folder: the weights of a golden checkpoint, this repository's code and tokenizer."""
+    """A complete model folder: the weights of a golden checkpoint with this repository's code and tokenizer."""
     shutil.copytree(GOLDEN / name, folder)
     for file in (*ROOT.glob("*_internlm.py"), ROOT / "chat_template.jinja", GOLDEN / "tokenizer.model"):
         shutil.copyfile(file, folder / file.name)
@@ -69,7 +69,7 @@ def write_folder(folder: Path, name: str) -> Path:
 
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory) -> dict[str, Path]:
-    """Both golden checkpoints as model folders, with names that a user's folder may have."""
+    """Both golden checkpoints as model folders, with difficult but valid names."""
     parent = tmp_path_factory.mktemp("hub") / "a.b-c 模型 7B"
     return {name: write_folder(parent / f"{name}.v1 模型", name) for name in CHECKPOINTS}
 
@@ -93,7 +93,7 @@ def tokenizer(folder):
 
 @pytest.mark.parametrize("auto", HEADS, ids=lambda auto: auto.__name__)
 def test_loading_every_head(folders, name, auto):
-    """Each Auto class finds its own head; only a head that the checkpoint lacks is new."""
+    """Each Auto class loads its head; only weights of heads that the checkpoint lacks are newly initialised."""
     model, info = auto.from_pretrained(folders[name], trust_remote_code=True, output_loading_info=True)
     assert type(model).__name__ == HEADS[auto]
     assert type(model.config).__name__ == "InternLMConfig"
@@ -103,8 +103,8 @@ def test_loading_every_head(folders, name, auto):
     assert not list(model.named_buffers())
 
 
-def test_loading_then_another_attention(folders):
-    """set_attn_implementation; until 5.0 transformers looked into the module's source before it obeyed."""
+def test_loading_then_changing_the_attention_implementation(folders):
+    """set_attn_implementation: until 5.0, transformers first inspected the source of the module."""
     model = AutoModelForCausalLM.from_pretrained(folders["tiny_7b_origin"], trust_remote_code=True)
     for name in ("eager", "sdpa"):
         model.set_attn_implementation(name)
@@ -118,8 +118,8 @@ def test_loading_config(folders, name):
 
 
 @torch.no_grad()
-def test_loading_what_was_saved(folders, name, tmp_path):
-    """save_pretrained takes the code along: the copy loads in a new process without the original folder."""
+def test_loading_a_saved_copy(folders, name, tmp_path):
+    """save_pretrained copies the code: the copy loads in a new process without the original folder."""
     folder, copy = tmp_path / "from.here 模型", tmp_path / "to.there 模型"
     shutil.copytree(folders[name], folder)
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
@@ -141,7 +141,7 @@ def test_loading_what_was_saved(folders, name, tmp_path):
 
 @pytest.mark.parametrize("settings", ({}, {"use_fast": True}), ids=("unset", "use_fast"))
 def test_tokenizer_ids(folder, settings):
-    """All ids are the official ones, alone and as a batch."""
+    """All ids equal the official ones, one text at a time and as a batch."""
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True, **settings)
     assert tokenizer.is_fast and type(tokenizer).__name__ == "InternLMTokenizer"
     rows = jsonl("tokenizer.jsonl")
@@ -150,9 +150,9 @@ def test_tokenizer_ids(folder, settings):
 
 
 def test_tokenizer_decode(tokenizer):
-    """With clean-up the official text, without it the very text that was encoded."""
+    """With clean-up the official text, without it exactly the encoded text."""
     for row in jsonl("tokenizer_decode.jsonl"):
-        if max(row["ids"], default=0) < 103027:  # <eoh> and <eoa> are special tokens here, and were not
+        if max(row["ids"], default=0) < 103027:  # <eoh> and <eoa> are special tokens only here
             clean = tokenizer.decode(row["ids"], skip_special_tokens=True, clean_up_tokenization_spaces=True)
             assert clean == row["dec_skip"]
     for text in ("def f(x):\n    return x != 1 , 2 .\n", "  来到 美丽的大自然 ！", "👩‍👩‍👧 e\u0301 \x00"):
@@ -162,7 +162,7 @@ def test_tokenizer_decode(tokenizer):
 
 
 def test_tokenizer_padding_and_saving(tokenizer, tmp_path):
-    """Rows are padded on the left with <unk>, and a saved tokenizer gives the same ids."""
+    """Rows are left-padded with <unk>, and a saved tokenizer gives the same ids."""
     texts = ["Hello", "你好，世界 <eoa>"]
     batch = tokenizer(texts, padding=True, return_tensors="pt")
     assert tokenizer.pad_token_id == 0 and batch["input_ids"][0, 0] == 0 and batch["attention_mask"][0, 0] == 0
@@ -174,7 +174,7 @@ def test_tokenizer_padding_and_saving(tokenizer, tmp_path):
 
 @pytest.mark.parametrize("format", ("early", "later"))
 def test_chat_template(tokenizer, format):
-    """Both prompt formats give the ids of the official chat(), and text of a user gives no control token."""
+    """Both prompt formats give the ids of the official chat(), and user text never becomes a control token."""
     early = (ROOT / "variants/early_chat_template.jinja").read_text(encoding="utf-8") if format == "early" else None
     rows = [row for row in jsonl("chat.jsonl") if row["impl"] == ("v1" if format == "early" else "v2")]
     for row in rows:
@@ -185,7 +185,7 @@ def test_chat_template(tokenizer, format):
         ids = tokenizer.apply_chat_template(
             messages, chat_template=early, add_generation_prompt=True, return_dict=True
         )["input_ids"]
-        if "<eoa>" in row["query"]:  # the official chat() let a user end the turn
+        if "<eoa>" in row["query"]:  # in the official chat(), users could end the turn
             assert 103028 in row["ids"] and 103028 not in ids
             assert tokenizer.decode(ids, skip_special_tokens=False) == "<s>" * early_bos(row) + row["prompt"]
         else:
@@ -193,16 +193,16 @@ def test_chat_template(tokenizer, format):
 
 
 def early_bos(row: dict) -> bool:
-    """Whether the golden prompt lacks the <s> that its ids begin with."""
+    """Whether the golden prompt lacks the <s> that its ids start with."""
     return not row["prompt"].startswith("<s>")
 
 
 @pytest.mark.parametrize("use_cache", (None, False))
 @pytest.mark.parametrize("reentrant", (False, True))
 def test_training_gradient_checkpointing(modeling, name, reentrant, use_cache):
-    """The gradients beyond the window are those of a model that keeps its activations, with a cache by default or not.
+    """Gradients beyond the window equal those of a model that keeps its activations, with and without a cache.
 
-    To the last bit without a cache. With one the plain model turns keys twice, so that the bits differ.
+    Bit for bit without a cache. With one, the plain model rotates keys twice, which rounds differently.
     """
     gradients = []
     for checkpointing in (False, True):
@@ -236,12 +236,12 @@ def test_training_checkpointing_fills_no_cache(modeling, name):
 
 
 def enable_checkpointing(model, reentrant: bool) -> None:
-    # transformers 5.20 or later renamed the method, and the old name warns there.
+    # Renamed in transformers 5.20, where the old name warns.
     kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
     getattr(model, f"{kind}_checkpointing_enable")(**{f"{kind}_checkpointing_kwargs": {"use_reentrant": reentrant}})
     model.enable_input_require_grads()
 
 
 def test_version():
-    """The environment is the one that it is called."""
+    """The environment holds the version of its name."""
     assert transformers.__version__ == os.environ.get("MATRIX_VERSION", transformers.__version__)

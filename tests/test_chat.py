@@ -1,4 +1,4 @@
-"""chat() and stream_chat(): the official signatures over the chat template, generate and the library's streamers."""
+"""chat() and stream_chat(): the official signatures, on top of the chat template, generate and streamers."""
 
 import inspect
 import re
@@ -31,7 +31,7 @@ def tokenizer(tiny_tokenizer):
 
 
 class Forced(LogitsProcessor):
-    """Makes generation say exactly these tokens, whatever the model thinks."""
+    """Forces generation to output exactly these tokens."""
 
     def __init__(self, prompt_length: int, tokens: list[int]) -> None:
         self.prompt_length, self.tokens = prompt_length, tokens
@@ -43,8 +43,8 @@ class Forced(LogitsProcessor):
         return forced
 
 
-def saying(tokenizer, text, query="hi", **settings):
-    """Arguments for chat() that make the reply be `text`, followed by more."""
+def forcing(tokenizer, text, query="hi", **settings):
+    """Arguments for chat() that force the reply to be `text`, whose last token is repeated."""
     prompt = tokenizer.apply_chat_template(
         [{"role": "user", "content": query}], add_generation_prompt=True, return_dict=True
     )["input_ids"]
@@ -52,10 +52,10 @@ def saying(tokenizer, text, query="hi", **settings):
     return {"logits_processor": LogitsProcessorList([Forced(len(prompt), tokens)]), "do_sample": False, **settings}
 
 
-def test_reply_ends_at_eoa_whatever_the_generation_config_says(model, tokenizer, monkeypatch):
-    """Published generation configs list only </s>; without <eoa> the model would invent the next turn of the user."""
+def test_reply_ends_at_eoa_whatever_the_generation_config(model, tokenizer, monkeypatch):
+    """Published generation configs list only </s>; without <eoa>, the model would generate the user's next turn."""
     monkeypatch.setattr(model.generation_config, "eos_token_id", 2)
-    forced = saying(tokenizer, "good morning<eoa>\n<|User|>:and then")
+    forced = forcing(tokenizer, "good morning<eoa>\n<|User|>:and then")
     response, history = model.chat(tokenizer, "hi", **forced)
     assert response == "good morning"
     assert history == [("hi", "good morning")]
@@ -63,14 +63,14 @@ def test_reply_ends_at_eoa_whatever_the_generation_config_says(model, tokenizer,
 
 def test_caller_may_choose_other_stop_tokens(model, tokenizer):
     end = tokenizer.convert_tokens_to_ids("<eoh>")
-    response, _ = model.chat(tokenizer, "hi", eos_token_id=end, **saying(tokenizer, "one<eoa>two<eoh>three"))
+    response, _ = model.chat(tokenizer, "hi", eos_token_id=end, **forcing(tokenizer, "one<eoa>two<eoh>three"))
     assert response == "onetwo"
 
 
-def test_a_generation_config_given_cannot_undo_eoa(model, tokenizer):
-    """Whatever it holds, `<eoa>` ends a reply; so do its own end tokens and strings, and chat's arguments count."""
+def test_a_generation_config_cannot_disable_eoa(model, tokenizer):
+    """`<eoa>` always ends a reply, as do the config's stop tokens and strings; chat's arguments take precedence."""
     eoh = tokenizer.convert_tokens_to_ids("<eoh>")
-    arguments = {**saying(tokenizer, "one<eoh>two<eoa>three"), "max_new_tokens": 20}
+    arguments = {**forcing(tokenizer, "one<eoh>two<eoa>three"), "max_new_tokens": 20}
     for settings, reply in (
         ({}, "onetwo"),
         ({"eos_token_id": 2, "max_new_tokens": 1, "do_sample": True}, "onetwo"),
@@ -85,8 +85,8 @@ def test_a_generation_config_given_cannot_undo_eoa(model, tokenizer):
         assert streamed == response == reply, settings
 
 
-def test_prompt_is_the_templates(model, tokenizer, monkeypatch):
-    """History, default system text, own system text and none: all rendered by the template, with one <s>."""
+def test_the_template_renders_the_prompt(model, tokenizer, monkeypatch):
+    """History with the default system text, a custom one, or none; with exactly one <s>."""
     seen = []
     monkeypatch.setattr(model, "generate", lambda **kwargs: seen.append(kwargs["input_ids"]) or kwargs["input_ids"])
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
@@ -111,7 +111,7 @@ def test_history_is_not_changed(model, tokenizer):
 
 
 @pytest.mark.parametrize("query", ("Who are you?", "你好"))
-def test_joined_stream_is_chat_at_the_same_seed(model, tokenizer, query):
+def test_the_stream_ends_with_the_reply_of_chat_at_the_same_seed(model, tokenizer, query):
     torch.manual_seed(5)
     expected = model.chat(tokenizer, query, max_new_tokens=60)
     torch.manual_seed(5)
@@ -136,8 +136,8 @@ TEXTS = (
 
 @pytest.mark.parametrize("text", TEXTS)
 def test_stream_is_lossless(model, tokenizer, text):
-    """Also for characters of several byte tokens: no replacement character is ever shown."""
-    shown = [response for response, _ in model.stream_chat(tokenizer, "hi", **saying(tokenizer, text + "<eoa>"))]
+    """Characters of several byte tokens never appear as replacement characters."""
+    shown = [response for response, _ in model.stream_chat(tokenizer, "hi", **forcing(tokenizer, text + "<eoa>"))]
     assert shown[-1] == text
     assert not any("�" in response for response in shown)
 
@@ -154,8 +154,8 @@ def test_error_in_generation_reaches_the_caller(model, tokenizer):
     assert time.monotonic() - start < 5
 
 
-def test_a_token_without_a_text_is_an_error_and_no_endless_wait(tiny_dir, tokenizer):
-    """An embedding padded beyond the vocabulary can say ids that nothing decodes, not even the streamer's end()."""
+def test_an_undecodable_token_is_an_error_and_does_not_hang(tiny_dir, tokenizer):
+    """With an embedding padded beyond the vocabulary, ids can be sampled that not even streamer.end() decodes."""
     model = AutoModelForCausalLM.from_pretrained(tiny_dir, trust_remote_code=True, dtype=torch.float32)
     model.resize_token_embeddings(len(tokenizer) + 64)
     forced = LogitsProcessorList([Forced(0, [len(tokenizer) + 63])])
@@ -208,9 +208,9 @@ for answer in (model.chat, lambda *given: list(model.stream_chat(*given))):
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="limits the memory of a process as Linux does")
-def test_a_conversation_beyond_the_memory_says_what_to_cut(tiny_dir):
-    """A process with too little memory for the attention of a long history; chat and stream_chat alike."""
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the memory of a process, which needs Linux")
+def test_out_of_memory_errors_name_the_fix(tiny_dir):
+    """A process without enough memory for the attention of a long history; chat and stream_chat alike."""
     child = subprocess.run(
         [sys.executable, "-c", OUT_OF_MEMORY, str(tiny_dir)], capture_output=True, text=True, timeout=120
     )
@@ -226,39 +226,39 @@ def test_a_conversation_beyond_the_memory_says_what_to_cut(tiny_dir):
 
 @pytest.mark.parametrize("closed", [True, False], ids=["closed", "left"])
 def test_abandoned_stream_stops_generating(closed, model, tokenizer):
-    """Closing the iterator, or leaving its loop, ends the thread at its next token, long before max_new_tokens."""
+    """Closing the iterator, or leaving the loop, ends the thread at its next token, long before max_new_tokens."""
     before = threading.active_count()
-    stream = model.stream_chat(tokenizer, "hi", max_new_tokens=100_000, **saying(tokenizer, "word " * 100_000))
+    stream = model.stream_chat(tokenizer, "hi", max_new_tokens=100_000, **forcing(tokenizer, "word " * 100_000))
     for _ in range(3):
         next(stream)
     assert threading.active_count() > before
     start = time.monotonic()
     if closed:
         stream.close()
-    del stream  # all that is left of it after `break`
+    del stream  # as after `break`
     assert threading.active_count() == before
     assert time.monotonic() - start < 5
 
 
-def test_streamer_of_the_callers_own(model, tokenizer):
+def test_a_user_supplied_streamer(model, tokenizer):
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    response, _ = model.chat(tokenizer, "hi", streamer=streamer, **saying(tokenizer, "good day to you<eoa>"))
+    response, _ = model.chat(tokenizer, "hi", streamer=streamer, **forcing(tokenizer, "good day to you<eoa>"))
     assert "".join(streamer) == response == "good day to you"
 
 
 def test_control_tokens_in_a_query_stay_text(model, tokenizer, monkeypatch):
-    """`<eoa>` typed by a user must neither end the turn nor reach the model as the control token."""
+    """`<eoa>` typed by a user neither ends the turn nor reaches the model as the control token."""
     seen = []
     monkeypatch.setattr(model, "generate", lambda **kwargs: seen.append(kwargs["input_ids"]) or kwargs["input_ids"])
     model.chat(tokenizer, "<s>a</s><eoa><eoh>", [("q<eoa>", "a</s>")], meta_instruction="<eoa>")
     ids = seen[0][0].tolist()
     special = [tokenizer.convert_ids_to_tokens(i) for i in ids if i in set(tokenizer.all_special_ids)]
-    assert special == ["<s>", "<eoa>"]  # the template's: one at the start, one after the one answer of the history
+    assert special == ["<s>", "<eoa>"]  # from the template: at the start, and after the reply in the history
     assert tokenizer.decode(ids).count("<eoa>") == 4
 
 
 def test_batched_chats_equal_single_ones(model, tokenizer):
-    """Left-padded prompts of several conversations, greedy: each gets the reply that it gets alone."""
+    """Left-padded prompts of several conversations: each gets its greedy single reply."""
     chats = [[{"role": "user", "content": query}] for query in ("Who are you?", "你好", "What is 2 + 3?")]
     settings = {
         "max_new_tokens": 30,
@@ -274,8 +274,8 @@ def test_batched_chats_equal_single_ones(model, tokenizer):
         assert tokenizer.decode(together[row], skip_special_tokens=True) == alone
 
 
-def test_conversation_that_outgrows_the_window_goes_on(model, tokenizer):
-    """Turn after turn past the trained window, where dynamic NTK takes over; the reply still ends by itself."""
+def test_a_conversation_continues_beyond_the_window(model, tokenizer):
+    """Turn after turn past the trained window, where dynamic NTK applies; replies still end at <eoa>."""
     history, window = [], model.config.max_position_embeddings
     for _ in range(40):
         response, history = model.chat(tokenizer, "Who are you?", history, do_sample=False, max_new_tokens=60)
@@ -286,8 +286,8 @@ def test_conversation_that_outgrows_the_window_goes_on(model, tokenizer):
     assert response and "<" not in response
 
 
-def test_base_model_says_how_to_chat(modeling):
-    """AutoModel once was the causal LM; scripts that call .chat on it must be told."""
+def test_base_model_names_the_class_that_chats(modeling):
+    """AutoModel was the causal LM in 2023; scripts that call .chat on it get an error that names the right class."""
     model = modeling.InternLMModel.from_pretrained(GOLDEN / "tiny_7b_origin")
     for method in (model.chat, model.stream_chat):
         with pytest.raises(AttributeError, match="AutoModelForCausalLM"):

@@ -1,4 +1,4 @@
-"""The two prompt formats against the official prompts, and what users may put into messages."""
+"""The two prompt formats against the official prompts, and arbitrary user text in messages."""
 
 import itertools
 import json
@@ -68,7 +68,7 @@ def conversation(case: dict) -> list[dict]:
 
 
 def turns(*contents: str) -> list[dict]:
-    """A conversation of these texts, user and assistant in turn."""
+    """A conversation of these texts, alternating user and assistant."""
     roles = itertools.cycle(["user", "assistant"])
     return [{"role": role, "content": content} for role, content in zip(roles, contents, strict=False)]
 
@@ -83,13 +83,13 @@ def golden_cases() -> list[dict]:
 
 @pytest.mark.parametrize("case", golden_cases(), ids=lambda case: f"{case['impl']}-{case['query'][:12]!a}")
 def test_golden_prompts(tok, templates, case):
-    """The official prompts, in text and ids, with one `<s>`; control strings of a user are text here and only here."""
+    """Text and ids equal the official prompts, with one `<s>`; unlike there, control strings of a user stay text."""
     template, messages = templates[FORMAT[case["impl"]]], conversation(case)
     text = tok.apply_chat_template(messages, chat_template=template, tokenize=False, add_generation_prompt=True)
     assert text == "<s>" + case["prompt"]
     ids = prompt_ids(tok, messages, chat_template=template, add_generation_prompt=True)
     assert ids.count(1) == 1 and ids[0] == 1 and tok.decode(ids) == text
-    if any(control in case["query"] for control in CONTROL):  # here the official code obeyed the user
+    if any(control in case["query"] for control in CONTROL):  # the official code obeyed the user
         assert [i for i in case["ids"] if i in (1, 2, 103028)] == [1, 103028, 2]
         assert [i for i in ids if i in (1, 2, 103028)] == [1]
     else:
@@ -105,7 +105,7 @@ def test_both_formats_are_in_the_golden_file():
 
 
 def test_early_format_system_text(tok, templates):
-    """System text stands on its own lines in front of the text of the next user turn."""
+    """System text precedes the text of the next user turn, on its own lines."""
     messages = [{"role": "system", "content": "Be brief."}, *turns("hi", "ho", "more")]
     text = tok.apply_chat_template(messages, chat_template=templates["early"], tokenize=False)
     assert text == "<s><|User|>:Be brief.\nhi<eoh>\n<|Bot|>:ho<eoa>\n<|User|>:more<eoh>\n"
@@ -124,7 +124,7 @@ def test_early_format_system_text(tok, templates):
         ([{"role": "system", "content": "alone"}], None, "needs a user message after it"),
     ],
 )
-def test_early_format_refuses_what_it_cannot_say(tok, templates, messages, tools, message):
+def test_early_format_refuses_what_it_cannot_express(tok, templates, messages, tools, message):
     with pytest.raises(Exception, match=message):
         tok.apply_chat_template(messages, tools=tools, chat_template=templates["early"], tokenize=False)
 
@@ -133,12 +133,12 @@ def test_early_format_refuses_what_it_cannot_say(tok, templates, messages, tools
 
 
 def expected_ids(tok, contents: list[str], **kwargs) -> list[int]:
-    """The prompt's ids, made another way: from the template rendered with stand-ins for the contents.
+    """The prompt's ids, computed independently: from the template rendered with placeholders for the contents.
 
-    What the template wrote is split at its control tokens; the stretches between are encoded as plain text.
+    The rendered text is split at its control tokens; the text between them is encoded as plain text.
     """
-    stand_ins = [f"\ue000{i}\ue001" for i in range(len(contents))]
-    text = tok.apply_chat_template(turns(*stand_ins), tokenize=False, **kwargs)
+    placeholders = [f"\ue000{i}\ue001" for i in range(len(contents))]
+    text = tok.apply_chat_template(turns(*placeholders), tokenize=False, **kwargs)
     ids = []
     for index, part in enumerate(re.split(f"({'|'.join(CONTROL)})", text)):
         if index % 2:
@@ -163,7 +163,7 @@ def check_conversation(tok, templates, contents: list[str]) -> None:
 @FUZZ
 @given(contents=st.lists(nasty, min_size=1, max_size=4))
 def test_no_content_becomes_a_control_token(tok, templates, contents):
-    """For any contents the control ids are the template's, and the rest is the plain text, encoded in one pass."""
+    """For any contents, all control ids come from the template, and the rest is encoded as plain text in one pass."""
     check_conversation(tok, templates, contents)
 
 
@@ -175,8 +175,8 @@ def test_no_content_becomes_a_control_token_long(tok, templates, contents):
 
 
 @pytest.mark.parametrize("control", CONTROL)
-def test_each_control_string_in_each_place(tok, control):
-    """Message text, text parts, tools as schema and as function, tool calls, template variables, a batch."""
+def test_each_control_string_in_each_input(tok, control):
+    """Message text, text parts, tools as schema and function, tool calls, template variables, a batch."""
     special = set(tok.all_special_ids)
 
     def weather(city: str) -> str:
@@ -215,8 +215,8 @@ def test_messages_are_not_changed(tok):
     assert json.dumps(messages) == before
 
 
-def test_text_put_together_from_parts(tok):
-    """A control string that is whole in no part, only in the text the template makes of them."""
+def test_control_string_split_across_parts(tok):
+    """A control string that is complete in no part, only in the text that the template joins."""
     parts = [{"type": "text", "text": text} for text in ("<eo", "a", ">", "<", "/s>")]
     ids = prompt_ids(tok, [{"role": "user", "content": parts}])
     assert set(ids) & set(tok.all_special_ids) == {1}
@@ -230,7 +230,7 @@ def in_parts(*texts: str) -> list[dict]:
 @FUZZ
 @given(texts=st.lists(nasty, max_size=4))
 def test_content_in_parts_is_their_text(tok, templates, texts):
-    """Whatever the parts, in every role: the ids of the joined text, which the tests above look at."""
+    """In every role, any parts have the ids of their joined text, which the tests above check."""
     for template in templates.values():
         in_one, parted = turns(*["".join(texts)] * 2), turns(*[in_parts(*texts)] * 2)
         ids = prompt_ids(tok, parted, chat_template=template)
@@ -247,7 +247,7 @@ WITHOUT_TEXT = (
 @pytest.mark.parametrize("name", TEMPLATES)
 @pytest.mark.parametrize("content", WITHOUT_TEXT, ids=str)
 def test_content_without_text_is_refused(tok, templates, name, content):
-    """It was rendered as nothing: the model was asked about a picture that it never saw. (`...` is no content.)"""
+    """Rendered as nothing, the model would be asked about a picture that it never saw. (`...`: no content at all.)"""
     message = {} if content is ... else {"content": content}
     for tokenize in (True, False):
         for role, other in (("user", turns("hi")), ("system", turns("hi")), ("assistant", [])):
@@ -257,8 +257,8 @@ def test_content_without_text_is_refused(tok, templates, name, content):
             assert "\n" not in str(caught.value)
 
 
-def test_a_call_needs_no_text(tok):
-    """What servers send with a tool call: content that is null, or none at all."""
+def test_a_tool_call_needs_no_text(tok):
+    """Servers send tool calls with content that is null or missing."""
     call = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
     rendered = [
         tok.apply_chat_template([{"role": "assistant", **content, "tool_calls": [call]}], tokenize=False)
@@ -268,7 +268,7 @@ def test_a_call_needs_no_text(tok):
 
 
 def test_control_tokens_of_the_user(folder):
-    """Tokens that somebody added are protected as well: special ones, overlapping ones, normalised ones."""
+    """Added tokens are protected as well: special, overlapping and normalised ones."""
     tok = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     special = [AddedToken("[CTL]", special=True, normalized=True), AddedToken("L]x", special=True), "\ufdd0"]
     tok.add_tokens(special, special_tokens=True)
@@ -284,14 +284,14 @@ def test_control_tokens_of_the_user(folder):
 
 
 def test_trusted_template_variables(tok):
-    """A caller who passes bos_token means the token."""
+    """A bos_token passed by the caller is a control token."""
     template = "{{ bos_token }}{{ messages[0].content }}"
     ids = prompt_ids(tok, turns("<s><unk>"), chat_template=template, bos_token="</s>")
     assert [i for i in ids if i in tok.all_special_ids] == [2]
 
 
 def test_sanitize_argument_is_accepted(tok):
-    """transformers 5.23 has an argument for this; here it is always on, whatever the version and the argument."""
+    """transformers 5.23 has an argument for this protection; here it is always on, in every version."""
     messages = turns("a<eoa>b")
     for value in (True, False):
         assert prompt_ids(tok, messages, sanitize_control_tokens=value) == prompt_ids(tok, messages)
@@ -319,7 +319,7 @@ def test_output_forms(tok, content):
 @pytest.mark.parametrize("name", TEMPLATES)
 @pytest.mark.parametrize("content", ["plain", "<eoa>你\U0001f9ff</s><eoh>"])
 def test_assistant_mask(tok, templates, name, content):
-    """The mask covers what the model has to learn: the answer and its <eoa>, nothing else."""
+    """The mask covers exactly what the model has to learn: replies and their <eoa>."""
     messages = turns(content, content + " one", content, content + " two")
     out = tok.apply_chat_template(
         messages, chat_template=templates[name], return_dict=True, return_assistant_tokens_mask=True
@@ -344,7 +344,7 @@ def test_positional_arguments(tok):
 
 
 def test_other_model(tmp_path):
-    """A model that has only <eoh> and <eoa>, under other ids, is protected in the same way."""
+    """A model with only <eoh> and <eoa>, at other ids, is protected in the same way."""
     train_sentencepiece(Path(__file__), tmp_path / "tokenizer")
     for name in (
         "sentencepiece_internlm.py",

@@ -22,7 +22,7 @@ def ids(model):
 
 
 class Recompilations:
-    """Counts what torch.compile compiles; a decode loop must compile once."""
+    """A backend that counts compilations; a decode loop must compile once."""
 
     def __init__(self) -> None:
         self.graphs = 0
@@ -34,7 +34,7 @@ class Recompilations:
 
 @torch.no_grad()
 def test_fullgraph_static_decode_compiles_once(model, ids):
-    """One graph without a break, from inside the window to beyond it, and its logits are eager's."""
+    """One graph without a break, from inside the window to beyond it, with the logits of eager mode."""
     counter = Recompilations()
     compiled = torch.compile(model, fullgraph=True, backend=counter)
     past, eager = new_cache("static", model), new_cache("static", model)
@@ -47,7 +47,7 @@ def test_fullgraph_static_decode_compiles_once(model, ids):
 
 
 def test_compiled_generate_across_the_window(model, ids):
-    """generate with a static cache and inductor's real kernels: the tokens of eager decoding, padded rows included."""
+    """generate with a static cache and inductor's kernels gives the tokens of eager mode, padded rows included."""
     padded, mask = pad_left([ids[0, :60], ids[1, :40]], 60)
     expected = greedy_rows(model, padded, attention_mask=mask)
     config = CompileConfig(fullgraph=True, mode="default", dynamic=False)
@@ -59,7 +59,7 @@ def test_compiled_generate_across_the_window(model, ids):
 
 
 def test_compiled_static_cache(tiny_dir, tiny_tokenizer):
-    """generate() compiles the decoding step by itself on a GPU; made to on a CPU, it captures one whole graph."""
+    """generate() compiles the decode step by default on a GPU; forced to on a CPU, it captures a single graph."""
     model = AutoModelForCausalLM.from_pretrained(tiny_dir, trust_remote_code=True, dtype=torch.float32)
     ids = tiny_tokenizer(PROMPTS[0], return_tensors="pt")["input_ids"]
     config = CompileConfig(fullgraph=True, backend="aot_eager", mode=None)
@@ -72,8 +72,8 @@ def test_compiled_static_cache(tiny_dir, tiny_tokenizer):
     assert counters["unique_graphs"] == 1 and not torch._dynamo.utils.counters["graph_break"]
 
 
-class Graph:
-    """A compiler that keeps the graph it is given."""
+class Operators:
+    """A backend that records the operators of the graph."""
 
     def __call__(self, graph, example_inputs):
         self.operators = {str(node.target) for node in graph.graph.nodes}
@@ -131,7 +131,7 @@ def test_compiled_products_of_one_token_take_offloaded_weights(tiny_dir, tiny_mo
 @torch.no_grad()
 def test_compiled_products_of_one_token_are_written_out(model, ids, case):
     """On a CPU, so that all its cores read the weights. Logits are eager's."""
-    graph, rows = Graph(), 2 if case == "two rows" else 1
+    graph, rows = Operators(), 2 if case == "two rows" else 1
     torch.compiler.reset()
     past, eager = new_cache("static", model), new_cache("static", model)
     for cache in (past, eager):
@@ -145,7 +145,7 @@ def test_compiled_products_of_one_token_are_written_out(model, ids, case):
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 @torch.no_grad()
 def test_compiled_steps_of_one_row_are_eager_steps(dtype, model, ids):
-    """inductor's real kernels, across the window; in bfloat16, as near to the float32 model as eager steps are."""
+    """inductor's kernels, across the window; in bfloat16, as close to the float32 model as eager steps are."""
     torch.compiler.reset()
     here = copy.deepcopy(model).to(dtype)
     ways = [(torch.compile(here, fullgraph=True), here), (here, here), (model, model)]

@@ -14,7 +14,7 @@ WINDOW = 256  # of checkpoints/tiny
 @pytest.mark.parametrize("length", (5, WINDOW, WINDOW + 44))
 @torch.no_grad()
 def test_export(tiny_model, length):
-    """torch.export takes the forward of a prompt, at any length, with no graph break."""
+    """torch.export exports the forward of a prompt inside, at and beyond the window, without a graph break."""
     ids = torch.randint(5, 2000, (1, length), generator=torch.Generator().manual_seed(0))
     inputs = {"input_ids": ids, "use_cache": False}
     program = torch.export.export(tiny_model, (), inputs, strict=False)
@@ -25,7 +25,7 @@ def test_export(tiny_model, length):
 
 @torch.no_grad()
 def test_export_with_cache(tiny_dir, tiny_tokenizer):
-    """The export that ExecuTorch starts from, a decoding step on a static cache, says what generate() says."""
+    """The export for ExecuTorch, a decode step with a static cache, gives the tokens of generate()."""
     model = AutoModelForCausalLM.from_pretrained(tiny_dir, trust_remote_code=True, dtype=torch.float32)
     model.generation_config.use_cache, model.generation_config.cache_implementation = True, "static"
     model.generation_config.cache_config = {"batch_size": 1, "max_cache_len": 300, "device": "cpu"}
@@ -35,8 +35,8 @@ def test_export_with_cache(tiny_dir, tiny_tokenizer):
     program = exportable.export(input_ids=ids[:, :1], cache_position=torch.tensor([0]))
     step = program.module()
     tokens = ids[0].tolist()
-    for place in range(len(tokens) + len(expected) - 1):
-        logits = step(input_ids=torch.tensor([[tokens[place]]]), cache_position=torch.tensor([place]))
-        if place + 1 >= len(tokens):
+    for position in range(len(tokens) + len(expected) - 1):
+        logits = step(input_ids=torch.tensor([[tokens[position]]]), cache_position=torch.tensor([position]))
+        if position + 1 >= len(tokens):
             tokens.append(logits[0, -1].argmax().item())
     assert tokens[ids.shape[1] :] == expected

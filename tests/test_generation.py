@@ -1,4 +1,4 @@
-"""What users do with a causal LM every day, on the tiny model: each way gives the text of plain greedy search."""
+"""Every way to generate, on the tiny model: the tokens are those of plain greedy search."""
 
 import logging
 import warnings
@@ -27,14 +27,14 @@ def generator(tiny_model, tiny_tokenizer):
 
 @pytest.fixture(scope="module")
 def long_prompt(tiny_model, tiny_tokenizer):
-    """Token ids (1, 250) that the model wrote itself: six short of the window."""
+    """Generated token ids (1, 250), six fewer than the window."""
     ids = tiny_tokenizer(PROMPTS[0], return_tensors="pt")["input_ids"]
     return tiny_model.generate(ids, min_length=250, max_length=250, do_sample=False)
 
 
 @pytest.mark.parametrize("batch_size", (1, 4))
 def test_pipeline_with_text(generator, tiny_model, tiny_tokenizer, batch_size):
-    """One prompt, and a left-padded batch of four lengths."""
+    """One prompt at a time, and a left-padded batch of four lengths."""
     expected = [greedy_text(tiny_model, tiny_tokenizer, prompt) for prompt in PROMPTS]
     outputs = generator(PROMPTS, batch_size=batch_size, **GREEDY)
     assert [output[0]["generated_text"] for output in outputs] == expected
@@ -42,7 +42,7 @@ def test_pipeline_with_text(generator, tiny_model, tiny_tokenizer, batch_size):
 
 
 def test_pipeline_with_chat(generator, tiny_model, tiny_tokenizer):
-    """Messages in, messages out: the reply is chat()'s."""
+    """Messages in, messages out: the reply equals that of chat()."""
     response, history = tiny_model.chat(tiny_tokenizer, "Hello!", do_sample=False)
     messages = [{"role": "user", "content": "Hello!"}]
     reply = generator(messages, max_new_tokens=100, do_sample=False)[0]["generated_text"]
@@ -54,7 +54,7 @@ def test_pipeline_with_chat(generator, tiny_model, tiny_tokenizer):
 
 @pytest.mark.parametrize("prompt", PROMPTS[:2])
 def test_streamers(tiny_model, tiny_tokenizer, capsys, prompt):
-    """What is streamed is the whole text, in several pieces, no Chinese character cut in two."""
+    """The whole text is streamed, in several chunks, with no Chinese character split."""
     inputs = tiny_tokenizer(prompt, return_tensors="pt")
     expected = greedy_text(tiny_model, tiny_tokenizer, prompt)
     tiny_model.generate(**inputs, **GREEDY, streamer=TextStreamer(tiny_tokenizer, skip_special_tokens=True))
@@ -63,33 +63,33 @@ def test_streamers(tiny_model, tiny_tokenizer, capsys, prompt):
     streamer = TextIteratorStreamer(tiny_tokenizer, skip_prompt=True, skip_special_tokens=True, timeout=60)
     thread = Thread(target=tiny_model.generate, kwargs={**inputs, **GREEDY, "streamer": streamer})
     thread.start()
-    pieces = list(streamer)
+    chunks = list(streamer)
     thread.join()
-    assert prompt + "".join(pieces) == expected
-    assert len([piece for piece in pieces if piece]) > 3 and not any("\ufffd" in piece for piece in pieces)
+    assert prompt + "".join(chunks) == expected
+    assert len([chunk for chunk in chunks if chunk]) > 3 and not any("\ufffd" in chunk for chunk in chunks)
 
 
-@pytest.mark.parametrize("way", ("assistant", "early exit", "prompt lookup", "static", "sliced prefill"))
+@pytest.mark.parametrize("way", ("assistant", "early exit", "prompt lookup", "static", "chunked prefill"))
 @pytest.mark.parametrize("beyond", (False, True))
 def test_ways_to_the_same_text(tiny_model, tiny_dir, tiny_tokenizer, long_prompt, way, beyond):
-    """Assisted decoding and its like are lossless, inside the window and across its end."""
+    """Assisted decoding, static caches and chunked prefill are lossless, inside the window and across its end."""
     ids = long_prompt if beyond else tiny_tokenizer(PROMPTS[0], return_tensors="pt")["input_ids"]
     settings = {
-        "assistant": {"assistant_model": weaker(tiny_dir) if way == "assistant" else None},
+        "assistant": {"assistant_model": weaker_model(tiny_dir) if way == "assistant" else None},
         "early exit": {"assistant_early_exit": 3},
         "prompt lookup": {"prompt_lookup_num_tokens": 4},
         "static": {"cache_implementation": "static"},
-        "sliced prefill": {"prefill_chunk_size": 7},
+        "chunked prefill": {"prefill_chunk_size": 7},
     }[way]
     expected = greedy_ids(tiny_model, ids)
-    if way == "sliced prefill" and beyond:  # each slice has the length reached with it: the prompt is another function
+    if way == "chunked prefill" and beyond:  # beyond the window, chunks of the prompt have other bases than the whole
         ids, expected = ids[:, :200], greedy_ids(tiny_model, ids[:, :200], max_new_tokens=80)
         settings["max_new_tokens"] = 80
     assert greedy_ids(tiny_model, ids, **settings) == expected
 
 
-def weaker(folder):
-    """The tiny model without its last layer: right often, but not always."""
+def weaker_model(folder):
+    """The tiny model without its last layer: an assistant whose guesses are often, but not always, right."""
     config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
     config.num_hidden_layers -= 1
     return AutoModelForCausalLM.from_pretrained(folder, config=config, trust_remote_code=True, dtype=torch.float32)
@@ -97,11 +97,11 @@ def weaker(folder):
 
 @pytest.mark.parametrize("attention", ("eager", "sdpa"))
 def test_generate_batch(tiny_dir, tiny_tokenizer, attention, caplog):
-    """Continuous batching of six prompts of different lengths, and a word about what it cannot do."""
+    """Continuous batching of six prompts of different lengths, with a warning about long ones."""
     model = AutoModelForCausalLM.from_pretrained(
         tiny_dir, trust_remote_code=True, dtype=torch.float32, attn_implementation=attention
     )
-    logging.Logger.warning_once.cache_clear()  # another test may have had the warning already
+    logging.Logger.warning_once.cache_clear()  # another test may have triggered the warning
     prompts = [tiny_tokenizer(text)["input_ids"] for text in (*PROMPTS, "x", "Hello! " * 20)]
     expected = [greedy_ids(model, torch.tensor([ids])) for ids in prompts]
     outputs = model.generate_batch(
@@ -117,7 +117,7 @@ def test_generate_batch(tiny_dir, tiny_tokenizer, attention, caplog):
 @pytest.mark.parametrize("name", ("past_key_values", "cache"))
 @torch.no_grad()
 def test_cache_by_either_name(tiny_model, tiny_tokenizer, name):
-    """transformers 5.24 renamed the argument; calls by the old name go on, and warn of nothing."""
+    """transformers 5.24 renamed the argument; the old name still works, without a warning."""
     ids, cache = tiny_tokenizer(PROMPTS[0], return_tensors="pt")["input_ids"], DynamicCache(config=tiny_model.config)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -127,8 +127,8 @@ def test_cache_by_either_name(tiny_model, tiny_tokenizer, name):
     assert tiny_model(ids, **{name: None}).cache.get_seq_length() == ids.shape[1]
 
 
-def test_beam_search_needs_no_code_of_ours(tiny_model, tiny_tokenizer):
-    """Four beams over a left-padded batch, the same with a cache as without."""
+def test_beam_search_is_the_same_with_and_without_a_cache(tiny_model, tiny_tokenizer):
+    """Four beams over a left-padded batch."""
     inputs = tiny_tokenizer(PROMPTS[:2], padding=True, return_tensors="pt")
     outputs = [tiny_model.generate(**inputs, **GREEDY, num_beams=4, use_cache=cache) for cache in (True, False)]
     assert outputs[0].tolist() == outputs[1].tolist()

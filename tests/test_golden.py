@@ -42,7 +42,7 @@ def test_full_forward(model, golden, ids, length, use_cache):
 @pytest.mark.parametrize("cache", ("dynamic", "static"))
 @pytest.mark.parametrize(("prompt", "end"), ((1, 80), (56, 80), (100, 140)))
 def test_cached_decode(model, golden, ids, prompt, end, cache):
-    """Token by token across the window and beyond it: every cached key is turned anew at every step."""
+    """Token by token across the window and beyond: the correction of every cached key changes at every step."""
     logits = forced_decode(model, ids, prompt, end, new_cache(cache, model))
     steps = golden[f"decode_p{prompt}_to{end}_steps"] - prompt
     assert_near(logits[steps], golden[f"decode_p{prompt}_to{end}_logits"])
@@ -64,7 +64,7 @@ def test_greedy(model, golden, prompt, cache):
 
 @pytest.mark.parametrize("attention", ("eager", "sdpa"))
 def test_beam_search(modeling, attention):
-    """For tiny_20b_dynamic alone: the other golden holds a beam that today's search ends elsewhere, for any model."""
+    """Only tiny_20b_dynamic: today's beam search ends the other golden beam elsewhere, for any model."""
     model = load(modeling, "tiny_20b_dynamic", attn_implementation=attention)
     expected = torch.tensor(np.load(GOLDEN / "tiny_20b_dynamic" / "golden.npz")["beam4_p60"])
     prompt = expected[None, :60]
@@ -88,7 +88,7 @@ def test_hidden_states_and_attentions(model, golden, ids):
 @pytest.mark.parametrize("batch", ("short", "cross", "long"))
 @torch.no_grad()
 def test_left_padding(model, name, golden, batch, position_ids):
-    """A padded row equals the official result, and where that depends on the padding, the same row alone."""
+    """A padded row equals the same row without padding, and the official result unless that depends on padding."""
     padded, mask = torch.tensor(golden[f"lp_{batch}_ids"]), torch.tensor(golden[f"lp_{batch}_mask"])
     positions = {"position_ids": torch.tensor(golden[f"lp_{batch}_pos"])} if position_ids else {}
     logits = model(padded, attention_mask=mask, **positions).logits[:, -4:]
@@ -103,7 +103,7 @@ def test_left_padding(model, name, golden, batch, position_ids):
 @pytest.mark.parametrize("cache", (None, "static"))
 @pytest.mark.parametrize("batch", ("short", "cross", "long"))
 def test_left_padded_generation(model, golden, batch, cache):
-    """Greedy tokens of each row equal those of the row alone, across the window too."""
+    """Each row gets the greedy tokens of the row without padding, also across the window."""
     padded, mask = torch.tensor(golden[f"lp_{batch}_ids"]), torch.tensor(golden[f"lp_{batch}_mask"])
     settings = {"max_new_tokens": 16, "do_sample": False, "eos_token_id": None, "cache_implementation": cache}
     together = model.generate(padded, attention_mask=mask, **settings)[:, padded.shape[1] :]
@@ -150,7 +150,7 @@ def test_training_loss_and_gradients(modeling, name, golden):
 
 @torch.no_grad()
 def test_sequence_classification(modeling, name, golden):
-    """Right padding as the official head; left padding as the same rows padded right, where the official is wrong."""
+    """Right padding equals the official head; left padding equals right padding, where the official head is wrong."""
     model = load(modeling, name, "InternLMForSequenceClassification", num_labels=3, pad_token_id=0)
     model.score.weight.copy_(torch.tensor(golden["seqcls_score_weight"]))
     for side in ("right", "left"):
@@ -163,10 +163,10 @@ def test_sequence_classification(modeling, name, golden):
 @pytest.mark.parametrize("short", ("fp16", "bf16"))
 @torch.no_grad()
 def test_half_precision(modeling, name, golden, ids, short, length):
-    """Logits in half precision are as near to float32's as the official half-precision logits are.
+    """Half-precision logits are as close to float32's as the official half-precision logits are.
 
-    Two roundings of one network scatter around the exact result: measured, ours are 0.4 to 1.35 times as far from it
-    on average as the official ones (mean 0.02-0.04 in float16, 0.22-0.43 in bfloat16), 0.3 to 1.5 times at most.
+    Rounding errors scatter around the exact result: as measured, ours are 0.4 to 1.35 times the official ones on
+    average (mean 0.02-0.04 in float16, 0.22-0.43 in bfloat16), 0.3 to 1.5 times at the maximum.
     """
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}[short]
     exact = torch.tensor(golden[f"full_{length}_logits"][-2:])

@@ -9,7 +9,7 @@ from support.generation import PROMPTS
 
 @torch.no_grad()
 def test_embeddings(tiny_dir, tiny_tokenizer):
-    """AutoModel is the model without a head; a padded row has the hidden states of the row alone."""
+    """AutoModel is the base model; a padded row has the hidden states of the row without padding."""
     model = AutoModel.from_pretrained(tiny_dir, trust_remote_code=True, dtype=torch.float32)
     batch = tiny_tokenizer(PROMPTS, padding=True, return_tensors="pt")
     states = model(**batch).last_hidden_state
@@ -20,6 +20,7 @@ def test_embeddings(tiny_dir, tiny_tokenizer):
 
 
 def test_auto_model_cannot_chat(tiny_dir, tiny_tokenizer):
+    """The error names the Auto class that can."""
     model = AutoModel.from_pretrained(tiny_dir, trust_remote_code=True)
     for method in (model.chat, model.stream_chat):
         with pytest.raises(AttributeError, match="AutoModelForCausalLM"):
@@ -27,7 +28,7 @@ def test_auto_model_cannot_chat(tiny_dir, tiny_tokenizer):
 
 
 def test_sequence_classification(tiny_dir, tiny_tokenizer):
-    """A new head on the tiny model: rows do not depend on padding, on either side, and the loss trains it."""
+    """A new head on the tiny model: rows do not depend on padding on either side, and training reduces the loss."""
     model = AutoModelForSequenceClassification.from_pretrained(
         tiny_dir, trust_remote_code=True, num_labels=3, dtype=torch.float32
     )

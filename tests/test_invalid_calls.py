@@ -1,4 +1,4 @@
-"""Calls that go wrong in somebody's program: each works as its user would expect, or says what to do in one line."""
+"""Unusual and wrong calls: each works as a user would expect, or raises a one-line error that names the fix."""
 
 import copy
 import logging
@@ -16,7 +16,7 @@ ATTENTION = pytest.mark.parametrize("attention", ["sdpa", "eager"])
 
 @pytest.fixture(scope="module")
 def model(tiny_model):
-    return copy.deepcopy(tiny_model)  # its attention function is changed here
+    return copy.deepcopy(tiny_model)  # tests change its attention implementation
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def logits(model, ids, **inputs) -> torch.Tensor:
         return model(ids, **inputs).logits
 
 
-def say(model, ids, new=5, **inputs) -> list[list[int]]:
+def greedy(model, ids, new=5, **inputs) -> list[list[int]]:
     return model.generate(ids, do_sample=False, max_new_tokens=new, **inputs)[:, -new:].tolist()
 
 
@@ -41,15 +41,15 @@ def test_an_empty_prompt_is_refused(model, tiny_tokenizer):
             call(nothing)
 
 
-def test_an_empty_text_speaks(model, tiny_tokenizer):
-    """With `<s>` in front, nothing is a prompt too, and so is an empty message."""
-    assert len(say(model, tiny_tokenizer("", return_tensors="pt").input_ids)[0]) == 5
+def test_an_empty_text_is_a_prompt(model, tiny_tokenizer):
+    """`<s>` alone is a prompt, and an empty message is one too."""
+    assert len(greedy(model, tiny_tokenizer("", return_tensors="pt").input_ids)[0]) == 5
     assert model.chat(tiny_tokenizer, "", max_new_tokens=3, do_sample=False)[0]
 
 
 @ATTENTION
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_an_all_padding_row_is_finite_and_harms_no_other(attention, dtype, model, ids):
+def test_an_all_padding_row_is_finite_and_does_not_affect_others(attention, dtype, model, ids):
     model = copy.deepcopy(model).to(dtype)
     model.set_attn_implementation(attention)
     two, mask = torch.cat([torch.zeros_like(ids), ids]), torch.zeros(2, ids.shape[1], dtype=torch.long)
@@ -59,37 +59,37 @@ def test_an_all_padding_row_is_finite_and_harms_no_other(attention, dtype, model
     atol = {torch.float32: 1e-4, torch.bfloat16: 0.25, torch.float16: 0.03}[dtype]
     torch.testing.assert_close(found[1], logits(model, ids)[0], atol=atol, rtol=0)
     if dtype == torch.float32:
-        assert say(model, two, attention_mask=mask)[1] == say(model, ids)[0]
+        assert greedy(model, two, attention_mask=mask)[1] == greedy(model, ids)[0]
     assert logits(model, ids, attention_mask=torch.zeros_like(ids)).isfinite().all()
 
 
 @pytest.mark.parametrize("columns", [-2, -1, 1, 2])
-def test_a_mask_of_another_length_is_refused(columns, model, ids):
+def test_a_mask_of_the_wrong_length_is_refused(columns, model, ids):
     length = ids.shape[1]
     mask = torch.ones(1, length + columns, dtype=torch.long)
     with pytest.raises(ValueError, match=f"attention_mask has {length + columns} columns for {length} tokens"):
         logits(model, ids, attention_mask=mask)
-    mask[0, 0] = 0  # of a mask of ones, more of them than tokens, generate makes no use
+    mask[0, 0] = 0  # generate ignores a mask of ones longer than the prompt
     with pytest.raises(ValueError, match=r"attention_mask.*column.* for every token"):
-        say(model, ids, attention_mask=mask)
+        greedy(model, ids, attention_mask=mask)
 
 
 @pytest.mark.parametrize("shape", [(11,), (1, 1, 11), (2, 11)], ids=str)
-def test_a_mask_of_another_shape_is_refused(shape, model, ids):
+def test_a_mask_of_the_wrong_shape_is_refused(shape, model, ids):
     assert ids.shape[1] == 11
     with pytest.raises(ValueError, match=r"attention_mask has shape.*for 1 rows: it must have shape \(rows, all"):
         logits(model, ids, attention_mask=torch.ones(shape, dtype=torch.long))
 
 
 @pytest.mark.parametrize("shape", [(11,), (1, 1), (1, 10), (1, 12), (2, 11)], ids=str)
-def test_positions_of_another_shape_are_refused(shape, model, ids):
-    """One position for eleven tokens was broadcast to all of them."""
+def test_positions_of_the_wrong_shape_are_refused(shape, model, ids):
+    """A single position for eleven tokens would be broadcast to all of them."""
     with pytest.raises(ValueError, match=r"position_ids has shape.*for 1 rows of 11 new tokens: it must be \(1, 11\)"):
         logits(model, ids, position_ids=torch.zeros(shape, dtype=torch.long))
 
 
 def test_positions_out_of_order_and_repeated_are_obeyed(model, ids):
-    """Rotary attention sees differences of positions: shifted ones change nothing, others do, and stay finite."""
+    """Rotary attention depends on position differences: shifts change nothing; other changes do, and stay finite."""
     plain, count = logits(model, ids), torch.arange(ids.shape[1])[None]
     torch.testing.assert_close(logits(model, ids, position_ids=count + 50), plain, atol=1e-4, rtol=0)
     for odd in (count.flip(1), torch.zeros_like(count), count // 2, -count, count * 1000):
@@ -101,12 +101,12 @@ def test_positions_out_of_order_and_repeated_are_obeyed(model, ids):
 def test_ids_out_of_range_are_refused(wrong, model, ids):
     ids = ids.clone()
     ids[0, 3] = wrong
-    for call in (logits, say):
+    for call in (logits, greedy):
         with pytest.raises(IndexError, match=r"outside the vocabulary \(0 to 2047\): encode the text with this"):
             call(model, ids)
 
 
-def test_one_row_without_its_batch_is_refused(model, ids):
+def test_ids_without_a_batch_dimension_are_refused(model, ids):
     for inputs in ({"input_ids": ids[0]}, {"inputs_embeds": torch.zeros(11, 128)}):
         with pytest.raises(ValueError, match=r"input_ids must have shape \(batch, tokens\), .*input_ids\[None\]"):
             model(**inputs)
@@ -121,7 +121,7 @@ def padded(ids: torch.Tensor, sides: list[tuple[int, int]]) -> tuple[torch.Tenso
 @ATTENTION
 @pytest.mark.parametrize("repeat", [1, 30], ids=["inside", "beyond the window"])
 def test_mixed_padding_sides(repeat, attention, model, ids):
-    """Each row's tokens as alone, wherever its padding lies."""
+    """Each row's logits are those of the row without padding, wherever the padding is."""
     model.set_attn_implementation(attention)
     ids = ids.repeat(1, repeat)
     rows, mask = padded(ids, [(0, 4), (4, 0), (2, 2)])
@@ -130,19 +130,19 @@ def test_mixed_padding_sides(repeat, attention, model, ids):
         torch.testing.assert_close(found[row, mask[row].bool()], alone, atol=2e-3, rtol=0)
 
 
-def test_right_padding_is_warned_of_by_generate(model, ids, caplog, monkeypatch):
-    """What follows a pad token cannot be what follows the text: the library says so. The other rows are unharmed."""
+def test_generate_warns_of_right_padding(model, ids, caplog, monkeypatch):
+    """The library warns, because generated tokens would follow padding instead of text. Other rows are unaffected."""
     model.set_attn_implementation("sdpa")
     rows, mask = padded(ids, [(0, 4), (4, 0)])
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
-    assert say(model, rows, attention_mask=mask)[1] == say(model, ids)[0]
+    assert greedy(model, rows, attention_mask=mask)[1] == greedy(model, ids)[0]
     assert "right-padding was detected" in caplog.text
 
 
 def test_no_new_tokens_are_refused(model, ids, tiny_tokenizer):
-    """transformers' own words, also through chat and out of stream_chat's thread."""
+    """The error is transformers' own, also from chat and from stream_chat's thread."""
     for call in (
-        lambda: say(model, ids, new=0),
+        lambda: greedy(model, ids, new=0),
         lambda: model.chat(tiny_tokenizer, "Hello", max_new_tokens=0),
         lambda: list(model.stream_chat(tiny_tokenizer, "Hello", max_new_tokens=0)),
     ):
@@ -192,11 +192,11 @@ def test_a_cache_that_does_not_fit_is_refused(name, model, ids):
 
 def test_a_cache_longer_than_the_prompt_is_refused(model, ids):
     with pytest.raises(ValueError, match="no tokens, or none beyond those in the cache"):
-        say(model, ids[:, :3], past_key_values=filled(model, ids))
+        greedy(model, ids[:, :3], past_key_values=filled(model, ids))
 
 
 def test_other_dtypes(model, ids):
-    """Masks and positions of any type, 32-bit ids; embeddings in half precision are promoted, float64 is refused."""
+    """Masks and positions of any dtype, 32-bit ids work; half-precision embeddings are promoted, float64 refused."""
     plain, count = logits(model, ids), torch.arange(ids.shape[1])[None]
     for inputs in (
         {"attention_mask": torch.ones(1, 11)},
@@ -218,14 +218,14 @@ def test_inputs_that_are_not_contiguous(model, ids):
     plain, embeds = logits(model, ids), model.get_input_embeddings()(ids).detach()
     strided = torch.stack([ids, ids], dim=-1)[..., 0]
     assert not strided.is_contiguous() and torch.equal(logits(model, strided), plain)
-    turned = embeds.transpose(1, 2).contiguous().transpose(1, 2)
-    assert not turned.is_contiguous()
-    torch.testing.assert_close(logits(model, None, inputs_embeds=turned), plain, atol=1e-4, rtol=0)
+    transposed = embeds.transpose(1, 2).contiguous().transpose(1, 2)
+    assert not transposed.is_contiguous()
+    torch.testing.assert_close(logits(model, None, inputs_embeds=transposed), plain, atol=1e-4, rtol=0)
 
 
 @ATTENTION
 def test_inputs_on_another_device(attention, model, ids):
-    """Ids on a GPU are refused, masks and positions are fetched. Fake tensors keep a GPU's rules without one."""
+    """Ids on a GPU are refused, masks and positions are moved. Fake tensors follow the rules of a GPU without one."""
     model.set_attn_implementation(attention)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         here = mode.from_tensor(ids)
@@ -234,22 +234,22 @@ def test_inputs_on_another_device(attention, model, ids):
         ):
             model(here.to("cuda:0"))
         for name, given in (("attention_mask", torch.ones_like(here)), ("position_ids", torch.arange(11)[None])):
-            if name == "position_ids" or transformers.__version__ > "5":  # 4.57 looks at the numbers of a mask
+            if name == "position_ids" or transformers.__version__ > "5":  # 4.57 reads the values of a mask
                 found = model(here, **{name: given.to("cuda:0")}).logits
                 assert found.shape == (1, 11, 2048) and found.device.type == "cpu"
 
 
 def test_embeddings_on_another_device(model, ids):
-    """The device `meta`, the only other one here: torch says which tensor is where."""
+    """On `meta`, the only other device here, torch's error names the devices."""
     with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
         logits(model, None, inputs_embeds=model.get_input_embeddings()(ids).detach().to("meta"))
 
 
-# Half precision near its largest number
+# Half precision near its maximum
 
 
 def official_norm(states: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """The official RMSNorm: variance and normalisation in float32, the result in the weight's dtype."""
+    """The official RMSNorm: variance and normalisation in float32, result in the dtype of the weight."""
     variance = states.to(torch.float32).pow(2).mean(-1, keepdim=True)
     return weight * (states * torch.rsqrt(variance + eps)).to(weight.dtype)
 
@@ -262,7 +262,7 @@ def official_attention(query, key, value, mask) -> torch.Tensor:
     return torch.matmul(weights, value)
 
 
-def test_the_norm_of_the_largest_half_precision_numbers(modeling):
+def test_the_norm_is_finite_at_the_half_precision_maximum(modeling):
     norm = modeling.InternLMRMSNorm(128, 1e-6).half()
     states = (torch.rand(4, 128, generator=torch.Generator().manual_seed(0)) * 2 - 1) * 65504
     states[0], states[1, ::2], states[2] = 65504, -65504, 0
@@ -274,8 +274,8 @@ def test_the_norm_of_the_largest_half_precision_numbers(modeling):
 
 @pytest.mark.parametrize("sign", [-1, 1], ids=["products to -inf", "products to inf"])
 @pytest.mark.parametrize("hidden", [0, 2], ids=["causal", "left padding"])
-def test_attention_of_the_largest_half_precision_numbers(hidden, sign, modeling, model):
-    """Where products overflow, the official clamp makes -inf finite and leaves +inf to be NaN: ours clamps both."""
+def test_attention_is_finite_at_the_half_precision_maximum(hidden, sign, modeling, model):
+    """When products overflow, the official clamp makes -inf finite, but +inf becomes NaN; ours clamps both."""
     rng = torch.Generator().manual_seed(1)
     query = (torch.rand(1, 2, 6, 32, generator=rng) * 60000).half()
     key, value = sign * query.clone(), torch.randn(1, 2, 6, 32, generator=rng).half()
@@ -293,8 +293,8 @@ def test_attention_of_the_largest_half_precision_numbers(hidden, sign, modeling,
 
 
 @ATTENTION
-def test_overflowing_scores_make_no_nan_logits(attention, modeling, model, ids):
-    """The whole model in float16, with queries and keys so large and opposite that every product overflows."""
+def test_overflowing_scores_do_not_cause_nan_logits(attention, modeling, model, ids):
+    """The whole model in float16, with queries and keys so large that every product overflows."""
     model = copy.deepcopy(model).half()
     model.set_attn_implementation(attention)
     with torch.no_grad():

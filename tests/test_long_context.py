@@ -1,4 +1,4 @@
-"""Dynamic NTK beyond the window, in every way that tokens can reach the model (golden checkpoint, window 64)."""
+"""Dynamic NTK beyond the window, for every kind of input and cache (golden checkpoint, window 64)."""
 
 import contextlib
 import copy
@@ -25,7 +25,7 @@ def ids(model):
 
 
 def test_worked_numbers(rotary, configuration):
-    """The base at 1, 2 and 4 windows of the 20B, as the docstring of rotary_internlm.py states it."""
+    """The base of the 20B at 1, 2 and 4 windows, as documented in rotary_internlm.py."""
     config = configuration.InternLMConfig(hidden_size=5120, num_attention_heads=40, max_position_embeddings=4096)
     lengths = torch.tensor([[4000.0], [4096.0], [8192.0], [16384.0]])
     lowest = rotary.ntk_log_ratio(config, lengths)[:, -1].exp() * rotary.trained_inv_freq(config, lengths.device)[-1]
@@ -37,7 +37,7 @@ def test_worked_numbers(rotary, configuration):
 @pytest.mark.parametrize("key_source", ("engine", "forward", "cache"))
 @pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16, torch.float32))
 def test_angles_are_float32_under_any_dtype_and_autocast(rotary, model, dtype, key_source):
-    """Half precision would keep 797 of 5000 positions apart: every table is the exact angle's, to rounding."""
+    """Half precision would distinguish only 797 of 5000 positions: every table is exact up to rounding."""
     config, length = model.config, 16000
     positions, exponents = torch.arange(length), torch.arange(0, config.head_dim, 2).double() / config.head_dim
     with torch.autocast("cpu", dtype=torch.bfloat16 if dtype == torch.float32 else dtype):
@@ -58,8 +58,8 @@ def test_angles_are_float32_under_any_dtype_and_autocast(rotary, model, dtype, k
 
 @pytest.mark.parametrize("length", (WINDOW - 1, WINDOW, WINDOW + 1))
 @torch.no_grad()
-def test_no_step_at_exactly_the_window(model, ids, length):
-    """With and without a cache: M-1 and M are plain rotary, M+1 is not, and both ways of reading agree at each."""
+def test_dynamic_ntk_starts_right_after_the_window(model, ids, length):
+    """M-1 and M tokens are plain rotary, M+1 are not; with and without a cache the logits agree at each length."""
     tokens = ids[:1, :length]
     cached = model(tokens, past_key_values=new_cache("dynamic", model)).logits
     assert_near(cached, model(tokens, use_cache=False).logits)
@@ -73,18 +73,18 @@ def test_no_step_at_exactly_the_window(model, ids, length):
 @pytest.mark.parametrize("cache", ("dynamic", "static"))
 @torch.no_grad()
 def test_chunked_prefill(model, ids, cache):
-    """A chunk uses the length reached at its end, so reading in chunks is the official code's reading in chunks."""
+    """A chunk uses the length reached at its end, as in the official code."""
     chunks, past = [], new_cache(cache, model)
     for start, end in ((0, 40), (40, 70), (70, 71), (71, 120)):
         chunks.append(model(ids[:1, start:end], past_key_values=past).logits[0])
     plain = load_plain_at(model, 120)
-    # The first layer's keys do not depend on earlier bases: with one layer the last chunk equals a full forward.
+    # The first layer's keys do not depend on earlier bases: with one layer, the last chunk equals a full forward.
     one = shallow(model)
     past = new_cache(cache, one)
     for start, end in ((0, 40), (40, 70), (70, 71), (71, 120)):
         last = one(ids[:1, start:end], past_key_values=past).logits[0]
     assert_near(last, shallow(plain)(ids[:1, :120]).logits[0, 71:])
-    # Up to the window chunks change nothing at all.
+    # Up to the window, chunks change nothing.
     assert_near(chunks[0], model(ids[:1, :40]).logits[0])
     for length in (10, 30, WINDOW):
         past = new_cache(cache, model)
@@ -103,7 +103,7 @@ def load_plain_at(model, length):
 
 
 def shallow(model):
-    """The first layer alone, with final norm and head."""
+    """Only the first layer, with final norm and head."""
     one = copy.deepcopy(model)
     one.model.layers = one.model.layers[:1]
     one.config.num_hidden_layers = 1
@@ -112,7 +112,7 @@ def shallow(model):
 
 @torch.no_grad()
 def test_few_tokens_at_once_equal_one_by_one(model, ids):
-    """Up to 32 tokens use their own lengths, padded rows too; what is appended then is what decoding would append."""
+    """Up to 32 tokens at once use their own lengths, in padded rows too, exactly as in separate decode steps."""
     padded, mask = pad_left([ids[0, :120], ids[1, :90], ids[2, :70]], 120)
     together, apart = new_cache("dynamic", model), new_cache("dynamic", model)
     for past in (together, apart):
@@ -126,12 +126,13 @@ def test_few_tokens_at_once_equal_one_by_one(model, ids):
 
 @torch.no_grad()
 def test_fixed_base_is_the_same_function(model, ids):
-    """What docs/long-context.md tells engines to write: plain rotary with base(N) is dynamic NTK at N tokens."""
+    """As docs/long-context.md recommends for engines: plain rotary with base(N) equals dynamic NTK at N tokens."""
     assert_near(load_plain_at(model, 200)(ids[:1, :200]).logits, model(ids[:1, :200]).logits)
 
 
 @torch.no_grad()
 def test_short_after_long_is_unchanged(model, ids):
+    """A long input leaves no state behind."""
     before = model(ids[:, :30]).logits
     model(ids)
     greedy_rows(model, ids[:, :100], cache_implementation="static")
@@ -140,7 +141,7 @@ def test_short_after_long_is_unchanged(model, ids):
 
 @torch.no_grad()
 def test_packed_sequences_equal_each_alone(model, ids):
-    """position_ids that start anew pack several sequences into a row, each with its own length L."""
+    """position_ids that restart at 0 pack several sequences into a row, each with its own length L."""
     lengths = (100, 30, 150)
     packed = torch.cat([ids[row, :length] for row, length in enumerate(lengths)])[None]
     positions = torch.cat([torch.arange(length) for length in lengths])[None]
@@ -152,7 +153,7 @@ def test_packed_sequences_equal_each_alone(model, ids):
 @pytest.mark.parametrize("cache", ("dynamic", "static"))
 @torch.no_grad()
 def test_right_padded_rows_then_decode(model, ids, cache):
-    """A row with padding in its middle (a right-padded prompt, then new tokens) equals the row without it."""
+    """A row with padding in the middle (a right-padded prompt, then new tokens) equals the row without padding."""
     prompt, new = (90, 50), 4
     mask = torch.zeros(2, 94, dtype=torch.long)
     past = new_cache(cache, model, 94)
@@ -172,7 +173,7 @@ def test_right_padded_rows_then_decode(model, ids, cache):
 
 @torch.no_grad()
 def test_position_ids_are_obeyed(model, ids):
-    """Attention sees distances only, so an offset changes nothing up to the window and moves L beyond it."""
+    """Attention depends on distances only: an offset changes nothing up to the window, but L beyond it."""
     tokens = ids[:1, :30]
     offset = torch.arange(30)[None] + 20
     assert_near(model(tokens, position_ids=offset).logits, model(tokens).logits)
@@ -204,13 +205,13 @@ def test_static_cache_gives_the_same_tokens(model, ids, prompt):
     tokens = ids[:1, :prompt]
     expected = greedy_rows(model, tokens).tolist()
     assert greedy_rows(model, tokens, cache_implementation="static").tolist() == expected
-    if prompt == 20:  # beyond the window reading anew and reading on are different functions (docs/long-context.md)
+    if prompt == 20:  # beyond the window, results with and without a cache differ (docs/long-context.md)
         assert greedy_rows(model, tokens, use_cache=False).tolist() == expected
 
 
 @pytest.mark.parametrize("kind", ("offloaded", "offloaded_static"))
 def test_offloaded_caches_give_the_same_tokens(model, ids, kind, monkeypatch):
-    """The library's own code, which keeps one layer's keys at hand, without its waiting for a GPU's streams."""
+    """The library's own caches, with the GPU streams that they wait for replaced."""
 
     class NoStream(contextlib.nullcontext):
         def wait_stream(self, other):
@@ -225,9 +226,9 @@ def test_offloaded_caches_give_the_same_tokens(model, ids, kind, monkeypatch):
 
 @pytest.mark.parametrize("way", ("assisted", "prompt lookup"))
 def test_assisted_decoding_is_lossless_across_the_window(model, ids, way):
-    """From 40 tokens to 140: guesses are verified a few at a time, and each must be judged at its own length.
+    """From 40 tokens to 140: guesses are verified a few at a time, each at its own length.
 
-    The prompt ends 20 tokens before the window, because the library reads it together with its first guesses.
+    The prompt ends 20 tokens before the window, because the library prefills it together with its first guesses.
     """
     assistant = shallow(model)
     assistant.generation_config.eos_token_id = None
@@ -238,7 +239,7 @@ def test_assisted_decoding_is_lossless_across_the_window(model, ids, way):
 
 
 def test_beams_and_batches_beyond_the_window(model, ids):
-    """Beam search over left-padded rows gives each row what it gives the row alone."""
+    """Beam search over left-padded rows gives each row the tokens of the row without padding."""
     rows = [ids[0, :90], ids[1, :50], ids[2, :70]]
     padded, mask = pad_left(rows, 90)
     together = greedy_rows(model, padded, attention_mask=mask, num_beams=3)[:, 90:]
@@ -247,8 +248,8 @@ def test_beams_and_batches_beyond_the_window(model, ids):
 
 
 @torch.no_grad()
-def test_several_turns_on_one_cache_crop_and_reuse(model, ids):
-    """A conversation goes on with its cache, and a cropped cache is as good as one that never saw the rest."""
+def test_a_cache_can_be_continued_and_cropped(model, ids):
+    """A conversation continues on its cache, and a cropped cache equals one that never held the rest."""
     past = DynamicCache(config=model.config)
     first = greedy_rows(model, ids[:1, :50], cache=past)
     longer = torch.cat((first, ids[1:2, :40]), dim=1)
@@ -266,8 +267,8 @@ def test_several_turns_on_one_cache_crop_and_reuse(model, ids):
     assert_near(model(ids[:1, 100:101], past_key_values=past).logits, expected, atol=1e-5)
 
 
-def test_engines_keep_the_trained_theta(model, ids):
-    """Where an engine keeps the keys there is no read to correct: its flattened rows are plain rotary."""
+def test_engine_managed_caches_use_the_trained_base(model, ids):
+    """An engine-managed cache cannot be corrected: flattened rows are plain rotary."""
     plain = copy.deepcopy(model)
     plain.config.rotary = {**model.config.rotary, "type": "origin"}
     tokens = ids[:1, :100]
@@ -276,8 +277,8 @@ def test_engines_keep_the_trained_theta(model, ids):
 
 
 @pytest.mark.parametrize("rows", (1, 7, 50, 60))
-def test_corrected_scores_are_those_of_rotated_keys(rotary, monkeypatch, rows):
-    """In chunks of any number of keys, and their gradients too."""
+def test_chunked_scores_equal_those_of_rotated_keys(rotary, monkeypatch, rows):
+    """Rotating keys in chunks of `rows` keys leaves scores and gradients unchanged."""
     batch, heads, key_length, head_dim = 2, 3, 50, 8
     monkeypatch.setattr(rotary, "_CHUNK_NUMEL", rows * batch * heads * head_dim)
     generator = torch.Generator().manual_seed(0)
@@ -298,22 +299,22 @@ def test_corrected_scores_are_those_of_rotated_keys(rotary, monkeypatch, rows):
 @pytest.mark.parametrize("length", (2, 8))
 @torch.no_grad()
 def test_decode_far_beyond_the_window(model, ids, length):
-    """At 2 and 8 windows, one layer: reading on with a cache is reading anew at the same length."""
+    """At 2 and 8 windows, one layer: a decode step with a cache equals a forward without one at the same length."""
     one, tokens = shallow(model), torch.cat((ids, ids), dim=1)[:1, : length * WINDOW + 3]
     logits = forced_decode(one, tokens, length * WINDOW, length * WINDOW + 3, new_cache("dynamic", one))
     assert_near(logits[-1], one(tokens).logits[0, -1])
 
 
 @torch.no_grad()
-def test_a_text_beyond_anything_sensible_is_read_with_one_warning(model, ids, caplog):
-    """Beyond 8 windows: once, with the length and the window; not before."""
+def test_a_far_too_long_text_warns_once(model, ids, caplog):
+    """One warning beyond 8 windows, with length and window; none before."""
     model.model._warned_of_length = False
     tokens, past = torch.cat((ids, ids, ids), dim=1)[:1], new_cache("dynamic", model)
     with caplog.at_level("WARNING"):
         model(tokens[:, : 8 * WINDOW], past_key_values=past)
         assert not caplog.records
-        for place in range(8 * WINDOW, 8 * WINDOW + 3):
-            assert model(tokens[:, place : place + 1], past_key_values=past).logits.isfinite().all()
+        for position in range(8 * WINDOW, 8 * WINDOW + 3):
+            assert model(tokens[:, position : position + 1], past_key_values=past).logits.isfinite().all()
     assert [
         record.getMessage() for record in caplog.records if "513 tokens are more than 8 times" in record.getMessage()
     ]

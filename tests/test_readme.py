@@ -1,4 +1,4 @@
-"""README, docs and the other pages: what they show runs, what they link to exists, what they count is right."""
+"""README, docs and the other pages: their code runs, their links and paths exist, their numbers are right."""
 
 import ast
 import functools
@@ -23,13 +23,13 @@ _, FRONT_MATTER, _CARD = README.split("---\n", 2)
 ENGLISH, CHINESE = _CARD.split("\n# 中文说明\n")
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 
-# One program is one namespace: the blocks of a page build on each other, those of the two languages do not.
+# Each program has one namespace: the blocks of a page build on each other, those of the two languages do not.
 PROGRAMS = {"README.md (English)": ENGLISH, "README.md (Chinese)": CHINESE}
 PROGRAMS |= {name: text for name, text in PAGES.items() if "\n```python\n" in text and name != "README.md"}
 
 
 class Block(NamedTuple):
-    """A Python block of a page, and what the page says it prints, if it says so."""
+    """A Python block of a page, and the output that the page shows for it, if any."""
 
     line: int
     code: str
@@ -42,14 +42,14 @@ def _blocks(text: str) -> list[Block]:
 
 
 def _for_tiny(code: str, tiny_dir: Path) -> str:
-    """The block with the tiny model in place of the official ones, and on the CPU where there is no GPU."""
+    """The block with the tiny model instead of the official ones, and on the CPU if there is no GPU."""
     code = re.sub(r'"internlm/internlm-[\w-]+"', lambda match: repr(str(tiny_dir)), code)
     return code if torch.cuda.is_available() else code.replace(".cuda()", ".cpu()")
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_python_blocks_run(program: str, tiny_dir: Path, capsys: pytest.CaptureFixture[str]):
-    """Every Python block of a page runs, in order, and prints what the page says, or at least something."""
+    """Every Python block of a page runs, in order, and prints the output shown there, or at least something."""
     namespace: dict = {"__name__": "__main__"}
     blocks = _blocks(PROGRAMS[program])
     assert blocks, f"{program} has no Python block"
@@ -68,8 +68,8 @@ def test_python_blocks_run(program: str, tiny_dir: Path, capsys: pytest.CaptureF
         assert prompt is None or (printed.startswith(prompt[1]) and len(printed) > len(prompt[1]) + 10), printed
 
 
-def test_snippets_are_those_promised():
-    """First the modern snippet, then the official one as it was; and nothing chats through AutoModel."""
+def test_snippets_are_the_modern_and_the_official_one():
+    """First the modern snippet, then the unchanged official one; and nothing chats through AutoModel."""
     for text in (ENGLISH, CHINESE):
         modern, official = (block.code for block in _blocks(text)[:2])
         for needed in ('dtype="auto"', 'device_map="auto"', "revision=revision", "trust_remote_code=True"):
@@ -87,7 +87,7 @@ class _WithoutText(ast.NodeTransformer):
 
 
 def test_both_languages_show_the_same():
-    """English and Chinese have the same sections, links, programs (but for the prompts) and shell commands."""
+    """English and Chinese have the same sections, links, programs (except for prompts) and shell commands."""
     for pattern in (r"^## ", r"\]\([^)#]+\)", r"^```", r"^- \S"):
         counts = [len(re.findall(pattern, text, re.MULTILINE)) for text in (ENGLISH, CHINESE)]
         assert counts[0] == counts[1], f"{pattern}: {counts[0]} in English, {counts[1]} in Chinese"
@@ -113,7 +113,7 @@ def test_front_matter():
 
 
 def _table(text: str, header: str) -> list[list[str]]:
-    """The rows of the table whose first line contains `header`, the first line among them."""
+    """The rows of the table whose first line contains `header`, including the first line."""
     lines = text[: text.index(header)].count("\n"), text.split("\n")
     table = [line for line in "\n".join(lines[1][lines[0] :]).split("\n\n")[0].split("\n") if line.startswith("|")]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
@@ -123,7 +123,7 @@ def _table(text: str, header: str) -> list[list[str]]:
 
 @pytest.mark.parametrize(("header", "rows"), [("InternLM-20B | Llama-33B", 6), ("| MMLU |", 17)])
 def test_evaluation_tables(header: str, rows: int):
-    """Seven models, every number there, bold exactly the best from 13B to 33B, Chinese equal to English."""
+    """Seven models, no missing numbers, the best from 13B to 33B in bold, Chinese equal to English."""
     if "MMLU" in header:
         found = [_table(text[text.index(header) - 200 :], "| | ") for text in (ENGLISH, CHINESE)]
     else:
@@ -144,7 +144,7 @@ def test_evaluation_tables(header: str, rows: int):
 
 @pytest.mark.parametrize("text", [ENGLISH, CHINESE], ids=["English", "Chinese"])
 def test_memory_table(text: str, modeling):
-    """Parameters, bytes per type, keys and values: counted on the full-size models, which here have no storage."""
+    """Parameters, bytes per dtype, keys and values: counted on the full-size models, on the meta device."""
     rows = {row[0]: row[1:] for row in _table(text, "| float32 | bfloat16")}
     for name, variant in {"20B": "internlm-20b", "7B": "internlm-7b"}.items():
         config = modeling.InternLMConfig(**json.loads((ROOT / "variants" / variant / "config.json").read_text()))
@@ -170,7 +170,7 @@ def test_memory_table(text: str, modeling):
 
 @pytest.mark.parametrize("text", [ENGLISH, CHINESE], ids=["English", "Chinese"])
 def test_variants_table(text: str):
-    """Every variant has its row, with the numbers of its config.json and the prompt format of its template."""
+    """Every variant has a row with the numbers of its config.json and the prompt format of its template."""
     rows = {row[0]: row[1:] for row in _table(text, "| MLP")[1:]}
     folders = {path.parent.name: path.parent for path in ROOT.glob("variants/*/config.json")}
     assert set(rows) == set(folders)
@@ -193,7 +193,7 @@ def test_variants_table(text: str):
 
 
 def _slug(heading: str) -> str:
-    """The anchor of a heading, as GitHub and the Hub make it."""
+    """The anchor that GitHub and the Hub generate for a heading."""
     return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
 
 
@@ -202,8 +202,8 @@ def _without_code(text: str) -> str:
 
 
 @pytest.mark.parametrize("name", PAGES)
-def test_links_lead_somewhere(name: str):
-    """Every relative link names a file of the repository, and every anchor a heading of its page."""
+def test_links_have_targets(name: str):
+    """Every relative link names a file of the repository, and every anchor a heading of that page."""
     for target, anchor in re.findall(r"\]\((?!https?:)([^)#\s]*)(?:#([^)\s]*))?\)", _without_code(PAGES[name])):
         path = (ROOT / name).parent / target if target else ROOT / name
         assert path.exists(), f"{name} links to {target}, which does not exist"
@@ -221,7 +221,7 @@ def _options(command: str) -> set[str]:
 
 @pytest.mark.parametrize("name", PAGES)
 def test_commands_and_paths_exist(name: str):
-    """Every make target, script, option and path of the repository that a page names in code is there."""
+    """Every make target, script, option and repository path that a page names in code exists."""
     found = re.findall(r"^```(?:shell|bash)\n(.*?)^```$|(?<!`)`([^`\n]+)`", PAGES[name], re.MULTILINE | re.DOTALL)
     code = "\n".join(fence or inline for fence, inline in found)
     missing = {
@@ -239,7 +239,24 @@ def test_commands_and_paths_exist(name: str):
     assert not missing, f"{name} names what does not exist: {sorted(missing)}"
 
 
+def _test_names(paths: str) -> set[str]:
+    """The test functions of one file, or of all files below tests/, and the strings that may be their parameters."""
+    files = [ROOT / paths] if paths else [*ROOT.glob("tests/**/test_*.py")]
+    text = "\n".join(file.read_text(encoding="utf-8") for file in files)
+    return {name or string for name, string in re.findall(r'^def (test_\w+)|"([\w ]+)"', text, re.MULTILINE)}
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_pytest_selections_match_a_test(name: str):
+    """Every word of a quoted `pytest ... -k "one or other"` is part of the name or a parameter of a test."""
+    for command in re.findall(r"\bpytest [^`\n]*-k [^`\n]*", PAGES[name]):
+        paths = re.search(r"tests/\S+\.py", command)
+        tests = _test_names(paths[0] if paths else "")
+        words = set(re.findall(r"\w+", command.split("-k ")[1])) - {"or"}
+        assert words and not [word for word in words if not any(word in test for test in tests)], command
+
+
 def test_generated_blocks_are_marked():
-    """The blocks that tools rewrite are where they look for them, once."""
+    """Each block that a tool rewrites is marked exactly once."""
     for mark in ("matrix", "speed"):
         assert re.findall(rf"<!-- (/?{mark}) -->", README) == [mark, f"/{mark}"]

@@ -23,7 +23,7 @@ sys.stdout.buffer.write(tokenizer.decode(output[0], skip_special_tokens=True).en
 
 
 def test_offload_to_cpu_and_disk(tiny_dir, tiny_model, tiny_tokenizer, tmp_path):
-    """Layers that wait on a disk give the same text."""
+    """Layers offloaded to the disk give the same text."""
     device_map = {"model.embed_tokens": "cpu", "model.norm": "cpu", "lm_head": "cpu"}
     device_map |= {f"model.layers.{i}": "cpu" if i < 2 else "disk" for i in range(4)}
     model = AutoModelForCausalLM.from_pretrained(
@@ -36,7 +36,7 @@ def test_offload_to_cpu_and_disk(tiny_dir, tiny_model, tiny_tokenizer, tmp_path)
 
 
 def test_saved_copy_in_a_fresh_process(tiny_dir, tmp_path):
-    """save_pretrained takes the code along; the copy speaks without the original folder or its code cache."""
+    """save_pretrained copies the code; the copy generates without the original folder or its module cache."""
     source, copy = tmp_path / "source", tmp_path / "a.b-c 模型 7B"
     shutil.copytree(tiny_dir, source)
     model = AutoModelForCausalLM.from_pretrained(source, trust_remote_code=True, dtype=torch.float32)

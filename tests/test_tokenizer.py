@@ -1,4 +1,4 @@
-"""InternLMTokenizer against the official ids, sentencepiece itself, and what its users do to it."""
+"""InternLMTokenizer against the official ids, sentencepiece itself, and everyday use."""
 
 import copy
 import functools
@@ -40,12 +40,12 @@ FILES = [
     "special_tokens_map.json",
     "chat_template.jinja",
 ]
-NUL, NUL_BYTE = 354, 3  # the official piece for NUL, which sentencepiece 0.2 passes over for the byte
+NUL, NUL_BYTE = 354, 3  # the official piece for NUL, and the byte piece that sentencepiece 0.2 uses instead
 CONTROL = ["<s>", "</s>", "<unk>", "<eoh>", "<eoa>", "<TOKENS_UNUSED_2>", "<TOKENS_UNUSED_140>"]
 FUZZ = settings(deadline=None, derandomize=True, max_examples=400, suppress_health_check=list(HealthCheck))
 HARD_FUZZ = settings(FUZZ, max_examples=20_000)
 
-# Every kind of text that has gone wrong in some tokenizer, in front of any Unicode string.
+# Every kind of text that has broken some tokenizer.
 SAMPLES = [
     "",
     " ",
@@ -74,7 +74,7 @@ texts = st.one_of(
 
 
 def write_folder(folder: Path, model: Path | bytes = GOLDEN / "tokenizer.model", **config) -> Path:
-    """A model folder with the tokenizer's files alone; `config` changes what tokenizer_config.json says."""
+    """A model folder with only the tokenizer's files; `config` overrides fields of tokenizer_config.json."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in FILES:
         shutil.copyfile(ROOT / name, folder / name)
@@ -83,7 +83,7 @@ def write_folder(folder: Path, model: Path | bytes = GOLDEN / "tokenizer.model",
     if config:
         path = folder / "tokenizer_config.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | config))
-        (folder / "special_tokens_map.json").unlink()  # it would win over tokenizer_config.json
+        (folder / "special_tokens_map.json").unlink()  # it would take precedence over tokenizer_config.json
     return folder
 
 
@@ -98,7 +98,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tok(folder):
-    """The official tokenizer. Tests that change it take a copy from `changed`."""
+    """The official tokenizer. Tests that modify a tokenizer copy it or use `small`."""
     return load(folder)
 
 
@@ -123,13 +123,13 @@ def small(small_folder):
 
 
 def sp_encode(sp, text: str) -> list[int]:
-    """sentencepiece's ids, with NUL as the piece that the official tokenizer of 2023 gave."""
+    """sentencepiece's ids, with NUL as the official tokenizer of 2023 encoded it."""
     has_piece = sp.id_to_piece(NUL) == "\0" if len(sp) > NUL else False
     return [NUL if i == NUL_BYTE and has_piece else i for i in sp.encode(text)]
 
 
 def raw(tok, text: str) -> list[int]:
-    """What raw sentencepiece calls the ids of `text`: user-defined pieces are tokens, <s> </s> <unk> are text."""
+    """The ids of `text` by the rules of raw sentencepiece: user-defined pieces are tokens, <s> </s> <unk> are text."""
     parts = re.split("(<eoh>|<eoa>|<TOKENS_UNUSED_[0-9]+>)", text)
     ids = [
         [tok.convert_tokens_to_ids(part)]
@@ -181,7 +181,7 @@ def compare_with_sentencepiece(tok, sp, corpus: list[str]) -> None:
 
 
 def test_two_megabytes_like_sentencepiece(tok, sp, monkeypatch):
-    """Of them a tenth is what checkpoints/tiny learns from: prose, chats and tool calls in two languages."""
+    """A tenth is training data of checkpoints/tiny: prose, chats and tool calls in two languages."""
     monkeypatch.syspath_prepend(ROOT / "tools")
     documents = importlib.import_module("tiny_corpus").documents(0)
     corpus = [document.text for document in itertools.islice(documents, 600)]
@@ -198,7 +198,7 @@ def test_fifty_megabytes_like_sentencepiece(tok, sp):
 
 
 def check_text(tok, sp, text: str) -> None:
-    """ids, offsets and round trip of one text."""
+    """Ids, offsets and round trip of one text."""
     assert raw(tok, text) == sp_encode(sp, text)
     encoded = tok(text, add_special_tokens=False, return_offsets_mapping=True)
     ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
@@ -233,7 +233,7 @@ def test_any_text_long(tok, sp, text):
 
 
 def test_other_model_like_its_sentencepiece(small_folder):
-    """Nothing depends on the official vocabulary: another model of the same settings works too."""
+    """Nothing depends on the official vocabulary: another model with the same settings works too."""
     tok, sp = (
         load(small_folder),
         sentencepiece.SentencePieceProcessor(model_file=str(small_folder / "tokenizer.model")),
@@ -244,8 +244,8 @@ def test_other_model_like_its_sentencepiece(small_folder):
     assert tok.convert_tokens_to_ids("<eoa>") in tok.all_special_ids
 
 
-def test_encode_is_the_call_without_its_places(small, caplog, monkeypatch):
-    """encode() has a shorter way of its own: the same ids, whatever the settings and the call before."""
+def test_encode_is_the_call_without_offsets(small, caplog, monkeypatch):
+    """encode() has a fast path: the same ids, whatever the settings and the previous call."""
     text = "hello <eoa> world"
     for bos, eos, split in itertools.product([True, False], repeat=3):
         small.add_bos_token, small.add_eos_token, small.split_special_tokens = bos, eos, split
@@ -261,7 +261,7 @@ def test_encode_is_the_call_without_its_places(small, caplog, monkeypatch):
     assert small.encode("hello", "world") == small("hello", "world")["input_ids"]
     small.model_max_length = 4
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
-    caplog.set_level("WARNING", "transformers")  # what ran before may have silenced it
+    caplog.set_level("WARNING", "transformers")  # an earlier test may have silenced it
     assert small.encode(text) == ids and "longer than the specified maximum" in caplog.text
 
 
@@ -309,7 +309,7 @@ def test_any_ids_long(tok, sp, ids):
     data=st.one_of(st.binary(max_size=12), st.text(max_size=4).map(lambda text: text.encode("utf-8", "surrogatepass")))
 )
 def test_any_bytes(tok, sp, data):
-    """Broken, overlong and surrogate UTF-8 in byte pieces: one U+FFFD for each byte that is in no character."""
+    """Broken, overlong and surrogate UTF-8 in byte pieces: one U+FFFD for each byte that is part of no character."""
     check_ids(tok, sp, [3 + byte for byte in data])
 
 
@@ -321,7 +321,7 @@ def sp_piece(sp, i: int) -> str:
     return sp.id_to_piece(i) if sp.is_control(i) or sp.is_unknown(i) else sp.decode([i])
 
 
-def test_decode_accepts_what_the_library_accepts(tok):
+def test_decode_accepts_the_types_that_the_library_accepts(tok):
     ids = tok("hello 世界")["input_ids"]
     text = "<s>hello 世界"
     for one in (
@@ -370,7 +370,7 @@ STREAMED = [
 
 @pytest.mark.parametrize("text", STREAMED)
 def test_streams_are_lossless(tok, capsys, text):
-    """The joined pieces of TextIteratorStreamer and TextStreamer are the decoded whole."""
+    """The joined output of TextIteratorStreamer and TextStreamer equals the decoded ids."""
     check_stream(tok, tok(text, split_special_tokens=True)["input_ids"], capsys)
     check_stream(tok, [3 + byte for byte in text.encode()], capsys)
 
@@ -420,14 +420,14 @@ def test_special_tokens(tok):
 
 
 def test_split_special_tokens(tok):
-    """As plain text, no control token is left, and the text comes back."""
+    """As plain text, no control token is left, and decoding restores the text."""
     text = "a<s>b</s> <unk><eoh><eoa>x<TOKENS_UNUSED_7>"
     ids = tok(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
     assert not set(ids) & set(tok.all_special_ids) and tok.decode(ids) == text
     assert set(tok(text)["input_ids"]) >= {0, 1, 2, 103027, 103028, 103034}
 
 
-def test_ids_follow_a_special_token_that_is_set(small):
+def test_setting_a_special_token_changes_the_ids(small):
     small.add_eos_token = True
     eoa = small.convert_tokens_to_ids("<eoa>")
     small.eos_token = "<eoa>"
@@ -454,7 +454,7 @@ def test_added_tokens(small):
 
 
 @pytest.mark.parametrize(("bos", "eos"), list(itertools.product([True, False], repeat=2)))
-def test_special_tokens_mask_and_offsets_fit_the_ids(small, bos, eos):
+def test_special_tokens_mask_and_offsets_match_the_ids(small, bos, eos):
     small.add_bos_token, small.add_eos_token = bos, eos
     everything = {"return_special_tokens_mask": True, "return_offsets_mapping": True}
     plain, other = (small(text, add_special_tokens=False)["input_ids"] for text in ("hello", "world"))
@@ -477,16 +477,16 @@ def test_special_tokens_mask_and_offsets_fit_the_ids(small, bos, eos):
 
 
 @pytest.mark.parametrize("impl", ["v0hub", "v1", "v2"])
-def test_chat_reads_the_official_prompt(tok, modeling, impl):
-    """The ids that `chat` makes, one `<s>` included, are the golden ones; its default system text is the official."""
+def test_chat_builds_the_official_prompt(tok, modeling, impl):
+    """The ids that `chat` builds, with one `<s>`, are the golden ones; its default system text is the official one."""
     template = ROOT / ("chat_template.jinja" if impl == "v2" else "variants/early_chat_template.jinja")
     tok = copy.copy(tok)
     tok.chat_template = template.read_text(encoding="utf-8")
-    # Where the user writes control tokens, the official code obeys, and ours does not: test_chat_template.py.
+    # The official code obeys control tokens typed by a user, ours does not: test_chat_template.py.
     cases = [case for case in jsonl("chat.jsonl") if case["impl"] == impl and "<eoa>" not in case["query"]]
     assert {len(case["history"]) for case in cases} == {0, 1, 2}
     for case in cases:
-        for meta in [case["meta"], None if case["meta"] else case["meta"]]:  # "" is no system text
+        for meta in [case["meta"], None if case["meta"] else case["meta"]]:  # "" means no system text
             inputs = package.load("chat")._chat_inputs(tok, case["query"], case["history"], meta)
             assert inputs["input_ids"][0].tolist() == case["ids"] and case["ids"].count(1) == 1
 
@@ -501,7 +501,7 @@ def test_one_class_for_every_use_fast(small_folder, use_fast):
 
 
 def test_published_configuration_loads(tmp_path):
-    """The 2023 tokenizer_config.json says pad </s> and nothing of a padding side."""
+    """The 2023 tokenizer_config.json sets pad to </s> and no padding side."""
     folder = write_folder(tmp_path / "published")
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         shutil.copyfile(GOLDEN / "hub_20b" / name, folder / name)
@@ -520,7 +520,7 @@ SETTINGS = [
 
 
 def state(tok) -> dict:
-    """What a user can see of a tokenizer's settings."""
+    """The visible settings and behaviour of a tokenizer."""
     names = ["padding_side", "truncation_side", "clean_up_tokenization_spaces", "model_max_length", "chat_template"]
     names += ["split_special_tokens", "add_bos_token", "add_eos_token", "bos_token_id", "eos_token_id", "pad_token_id"]
     texts = ["hello .", "a<eoa></s>", "wor ld <tool>"]
@@ -533,7 +533,7 @@ def state(tok) -> dict:
 @pytest.mark.parametrize("where", ["argument", "attribute", "configuration"])
 @pytest.mark.parametrize("chosen", SETTINGS)
 def test_settings_survive_saving(small_folder, tmp_path, chosen, where, with_model):
-    """A setting given in any way is there after save -> load -> save -> load, with and without tokenizer.model."""
+    """A setting made in any way survives save -> load -> save -> load, with and without tokenizer.model."""
     if where == "configuration":
         tok = load(write_folder(tmp_path / "own", small_folder / "tokenizer.model", **chosen))
     else:
@@ -572,26 +572,26 @@ print(json.dumps([tok(sys.argv[2])["input_ids"], len(tok)]))
 
 @pytest.mark.parametrize("saved", [False, True])
 def test_in_a_fresh_process_without_protobuf_and_network(saved, folder, tok, tmp_path):
-    """From tokenizer.model, and saved and moved, from tokenizer.json alone: neither is missed, and no file appears."""
-    place = tmp_path / "a.b-c 模型 7B"
+    """From tokenizer.model, or from tokenizer.json alone after saving and moving; no new file is written."""
+    model_folder = tmp_path / "a.b-c 模型 7B"
     if saved:
-        tok.save_pretrained(place)
-        (place / "tokenizer.model").unlink()
+        tok.save_pretrained(model_folder)
+        (model_folder / "tokenizer.model").unlink()
     else:
-        shutil.copytree(folder, place)
-    before, text = sorted(path.name for path in place.iterdir()), "a.b-c 模型 <eoa>\U0001f9ff"
-    # Online as far as the library knows: offline, it would not even try to ask the Hub.
+        shutil.copytree(folder, model_folder)
+    before, text = sorted(path.name for path in model_folder.iterdir()), "a.b-c 模型 <eoa>\U0001f9ff"
+    # Without HF_HUB_OFFLINE: offline, the library would not try to access the Hub.
     environment = {name: value for name, value in os.environ.items() if not name.endswith("_OFFLINE")}
-    command = [sys.executable, "-c", IN_A_FRESH_PROCESS, str(place), text]
+    command = [sys.executable, "-c", IN_A_FRESH_PROCESS, str(model_folder), text]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [json.dumps([tok(text)["input_ids"], 103168])]
-    assert sorted(path.name for path in place.iterdir()) == before
+    assert sorted(path.name for path in model_folder.iterdir()) == before
     assert tok.backend_tokenizer.pre_tokenizer is None  # with one, transformers asks the Hub whether it is Mistral's
 
 
 def test_loading_takes_under_a_second(folder):
-    """Best of three: other work on the machine is not the tokenizer's."""
+    """Best of three, because other processes may be running."""
     best = 9.0
     for _ in range(3):
         gc.collect()
@@ -610,7 +610,7 @@ def test_copies_are_independent(small, duplicate):
 
 
 def test_pickle_does_not_depend_on_use(small):
-    """datasets fingerprints a tokenizer by its pickle: what decode() keeps for itself must not change it."""
+    """datasets fingerprints a tokenizer by its pickle, which must not contain what decode() caches."""
     before = pickle.dumps(small)
     small.decode([300])
     small.apply_chat_template([{"role": "user", "content": "<eoa>"}])
@@ -667,10 +667,12 @@ def test_missing_model_file(tmp_path):
     ],
 )
 def test_model_of_another_kind(tmp_path, changed, message):
-    """A SentencePiece model with settings that this class does not reproduce is refused, not encoded wrongly."""
+    """A SentencePiece model with settings that this class does not implement is refused, not encoded wrongly."""
     model = train_sentencepiece(Path(__file__), tmp_path / "other", **changed)
     folder = write_folder(tmp_path / "other", model)
-    with pytest.raises(ValueError, match=rf"another model's tokenizer \({message}\): load it with its own class"):
+    with pytest.raises(
+        ValueError, match=rf"another model's tokenizer, not InternLM's \({message}\): load it with its own class"
+    ):
         load(folder)
 
 
@@ -683,7 +685,7 @@ def test_broken_tokenizer_json(tmp_path, content):
 
 
 def check_damage(read, model: bytes, path: Path, at: int, data: bytes, cut: bool) -> None:
-    """Any damage is either harmless or one ValueError that says what to do."""
+    """Any damage is either harmless or one ValueError that names the fix."""
     path.write_bytes(model[:at] + data + (b"" if cut else model[at + len(data) :]))
     try:
         pieces, scores, types = read(str(path))
@@ -708,7 +710,3 @@ def test_damaged_model_file_long(small_folder, tmp_path_factory, at, data, cut):
     model = (small_folder / "tokenizer.model").read_bytes()
     path = tmp_path_factory.getbasetemp() / "damaged.model"
     check_damage(package.load("sentencepiece").read_model, model, path, int(at * len(model)), data, cut)
-
-
-def tokenization():
-    return package.load("tokenization")

@@ -1,4 +1,4 @@
-"""What the three uploaded modules may do on a stranger's machine, proven on their source and on a run."""
+"""What the uploaded modules may do on a user's machine, checked in their source and at run time."""
 
 import ast
 import json
@@ -15,7 +15,7 @@ from support.paths import ROOT
 
 
 THIRD_PARTY = {"torch", "transformers", "tokenizers", "sentencepiece"}
-# Of the standard library, what they use: nothing that runs programs, reaches the network or loads code.
+# The parts of the standard library that they use: nothing that runs programs, accesses the network or loads code.
 STANDARD = {
     "collections",
     "contextlib",
@@ -32,7 +32,7 @@ STANDARD = {
     "threading",
 }
 STANDARD |= {"typing"}
-# To read an index of weights, and to save a tokenizer: all that is used of these two modules.
+# All that is used of os and shutil: to read an index of weights, and to save a tokenizer.
 ALLOWED = {
     "os.PathLike",
     "os.listdir",
@@ -44,7 +44,7 @@ ALLOWED = {
 }
 ALLOWED |= {"shutil.copyfile"}
 FORBIDDEN_NAMES = {"eval", "exec", "compile", "__import__", "globals", "vars", "input", "breakpoint"}
-# Of any object: the environment, programs, pickles, downloads, files, and the ways around the names above.
+# Attributes of any object: environment, programs, pickles, downloads, files, and ways around the names above.
 FORBIDDEN_ATTRIBUTES = {"environ", "environb", "getenv", "putenv", "system", "popen", "load", "save", "hub"}
 FORBIDDEN_ATTRIBUTES |= {"write_text", "write_bytes", "tofile", "__globals__", "__builtins__", "__subclasses__"}
 
@@ -55,12 +55,12 @@ def tree(name):
 
 @pytest.mark.parametrize("name", MODULES)
 def test_imports(name):
-    """Standard library, torch, transformers, tokenizers, and each other, relatively; nothing dangerous."""
+    """Safe modules of the standard library, THIRD_PARTY, and each other by relative imports."""
     for node in ast.walk(tree(name)):
         modules = []
         if isinstance(node, ast.Import):
             modules = [alias.name for alias in node.names]
-            assert not any(alias.asname for alias in node.names)  # test_calls looks for their names
+            assert not any(alias.asname for alias in node.names)  # test_calls searches for their names
         elif isinstance(node, ast.ImportFrom) and node.level == 1:
             assert f"{node.module}.py" in MODULES
         elif isinstance(node, ast.ImportFrom):
@@ -73,14 +73,14 @@ def test_imports(name):
 
 @pytest.mark.parametrize("name", MODULES)
 def test_calls(name):
-    """No code from strings, no environment, no file but those of the model (read) and one copy (save_pretrained)."""
+    """No code from strings, no environment, no files except reading the model's and one copy (save_pretrained)."""
     nodes = list(ast.walk(tree(name)))
     inner = {id(node.value) for node in nodes if isinstance(node, ast.Attribute)}
     called = {id(node.func) for node in nodes if isinstance(node, ast.Call)}
     for node in nodes:
         if isinstance(node, ast.Name):
             assert node.id not in FORBIDDEN_NAMES, node.id
-            assert node.id != "open" or id(node) in called  # by no other name
+            assert node.id != "open" or id(node) in called  # never under an alias
         if isinstance(node, ast.Attribute):
             assert node.attr not in FORBIDDEN_ATTRIBUTES, ast.unparse(node)
         if isinstance(node, ast.Name | ast.Attribute) and id(node) not in inner:
@@ -92,7 +92,7 @@ def test_calls(name):
 
 @pytest.mark.parametrize("name", MODULES)
 def test_ascii_only(name):
-    """Windows reads modules in its own encoding when they are copied."""
+    """When transformers copies modules on Windows, it reads them in the system's code page."""
     assert (ROOT / name).read_bytes().isascii()
 
 
@@ -107,8 +107,8 @@ def test_nothing_happens_at_import(name):
 
 
 @pytest.mark.parametrize("name", ("configuration", "tokenization"))
-def test_a_transformers_too_old_is_named(monkeypatch, name):
-    """One sentence with both versions, at import: the first two modules that the Auto classes load."""
+def test_an_old_transformers_is_refused(monkeypatch, name):
+    """One sentence with both versions at import, in the first two modules that the Auto classes load."""
     monkeypatch.delitem(sys.modules, f"internlm.{name}_internlm", raising=False)
     monkeypatch.setattr("transformers.__version__", "4.56.2")
     with pytest.raises(ImportError, match=r"needs transformers 4\.57 or newer, and this is 4\.56\.2: pip install"):
@@ -117,7 +117,7 @@ def test_a_transformers_too_old_is_named(monkeypatch, name):
 
 WATCHED = """
 import json, os, sys, tempfile
-import transformers, torch  # what they do themselves at import is not ours
+import transformers, torch  # their own imports are not audited
 home, folder = os.path.realpath(sys.argv[1]), sys.argv[2]
 events = []
 def audit(event, arguments):
@@ -140,10 +140,10 @@ print(json.dumps(events))
 """
 
 
-def test_loading_and_generating_connects_nowhere_and_writes_only_caches(tiny_dir, tmp_path):
+def test_loading_and_generating_opens_no_connection_and_writes_only_caches(tiny_dir, tmp_path):
     """Under an audit hook: no connection, no process, no file opened for writing outside HF_HOME."""
     environment = {**os.environ, "HF_HOME": str(tmp_path), "TMPDIR": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"}
-    environment.pop("HF_HUB_OFFLINE")  # a folder must need no network even where there is one
+    environment.pop("HF_HUB_OFFLINE")  # a local folder needs no network even when online
     environment.pop("TORCHINDUCTOR_CACHE_DIR", None)  # torch sets it in the process that runs the tests
     command = [sys.executable, "-c", WATCHED, str(tmp_path), str(tiny_dir)]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)

@@ -1,4 +1,4 @@
-"""ONNX by transformers' exporter, run by onnxruntime: the greedy tokens are transformers'."""
+"""ONNX by transformers' exporter: onnxruntime gives the greedy tokens of transformers."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ CAPACITY = 320  # of the static cache, more than the window of 256
 
 
 def export(model, folder, ids: torch.Tensor, dynamic: bool, generation: GenerationConfig | None = None):
-    """Export prefill and decode, save both, and open them again in onnxruntime."""
+    """Export prefill and decode step, save both, and open them in onnxruntime."""
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     config = OnnxConfig(dynamic=dynamic)
     OnnxExporter().export_for_generation(model, inputs, config, generation_config=generation).save_pretrained(folder)
@@ -47,19 +47,19 @@ def test_growing_cache(tiny_model, tiny_tokenizer, tmp_path):
 
 @torch.no_grad()
 def test_static_cache(tiny_model, tiny_tokenizer, tmp_path):
-    """A cache longer than the window: the correction of dynamic NTK is part of the graph, and is exact beyond it."""
+    """A cache longer than the window: the dynamic NTK correction is part of the graph, and exact beyond the window."""
     ids = tiny_tokenizer(PROMPTS[0], return_tensors="pt")["input_ids"]
     settings = GenerationConfig(cache_implementation="static", max_cache_len=CAPACITY, max_length=CAPACITY)
     step = export(tiny_model, tmp_path, ids, dynamic=False, generation=settings)["decode"]
     cache = StaticCache(config=tiny_model.config, max_cache_len=CAPACITY)
     cache.early_initialization(1, 4, 32, torch.float32, torch.device("cpu"))
     tokens = ids[0].tolist()
-    for place in range(CAPACITY - 1):  # the decoding step reads the prompt too, token by token
-        mask = (torch.arange(CAPACITY) <= place)[None, None, None]
-        new, position = torch.tensor([[tokens[place]]]), torch.tensor([[place]])
-        outputs = step(input_ids=new, attention_mask=mask, position_ids=position, cache=cache)
+    for position in range(CAPACITY - 1):  # the decode step also processes the prompt, token by token
+        mask = (torch.arange(CAPACITY) <= position)[None, None, None]
+        new, position_ids = torch.tensor([[tokens[position]]]), torch.tensor([[position]])
+        outputs = step(input_ids=new, attention_mask=mask, position_ids=position_ids, cache=cache)
         cache = outputs.cache
-        if place + 1 == len(tokens):
+        if position + 1 == len(tokens):
             tokens.append(outputs.logits[0, -1].argmax().item())
     free = {"eos_token_id": None, "max_length": CAPACITY, "do_sample": False}
     assert tokens == tiny_model.generate(ids, **free)[0].tolist()

@@ -1,6 +1,6 @@
-"""Quantised by each library: near the original, generating, and the same after saving and loading.
+"""Quantised by each library: close to the original, able to generate, unchanged by saving and loading.
 
-The cosines and sizes here are the table of docs/compatibility.md; QUANTISED holds them, and the test compares.
+The test prints the rows of the table in docs/compatibility.md; QUANTISED holds the limits.
 """
 
 import os
@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPTQConfig, Q
 
 
 pytestmark = pytest.mark.ecosystem
-# gptqmodel would compile C++ for packing and, on a CPU, for every layer; plain Python and torch do the same.
+# Use plain Python and torch: gptqmodel would compile C++ for packing and, on a CPU, for every layer.
 os.environ["GPTQMODEL_DISABLE_PACK_EXT"] = "1"
 torch.compiler.set_stance("force_eager")
 
@@ -20,7 +20,7 @@ TEXT = (
     "Coming to the beautiful nature, we found a white swallow. The swallow was not afraid of people. The spring rain "
     "was soft and warm. 来到美丽的大自然，我们发现森林边上有一条弯弯的山泉。这条山泉的水又凉又甜。"
 )
-CALIBRATION = [  # other sentences than those that are measured
+CALIBRATION = [  # not the sentences that are measured
     "In the evening the travellers went home slowly under the stars. White clouds drifted across the sky.",
     "We took out bread and cheese and ate it on a flat stone. They climbed the hill and listened to the birds.",
     "微风轻轻抚摸着树叶。再往前走，我和妹妹又看到了一座高高的寺庙。我们爬上山坡，听着鸟儿唱歌。",
@@ -29,7 +29,7 @@ CALIBRATION = [  # other sentences than those that are measured
 
 
 class Quantised(NamedTuple):
-    """What is expected of one library: cosine of the logits at least, layers' bytes on disk / float32 at most."""
+    """Limits for one library: min cosine of the logits, max ratio of the layers' bytes on disk to float32."""
 
     cosine: float
     ratio: float
@@ -59,7 +59,7 @@ def settings(name: str, tokenizer):
 
 
 def layer_bytes(folder) -> int:
-    """Bytes of the decoder layers in a folder's safetensors files; embedding and head stay as they are."""
+    """Bytes of the decoder layers in a folder's safetensors files; embedding and head are not quantised."""
     from safetensors import safe_open
 
     total = 0
@@ -92,8 +92,8 @@ def test_quantised(tiny_dir, tiny_model, tiny_tokenizer, tmp_path, name):
     assert cosine >= expected.cosine and ratio <= expected.ratio
 
     if name.startswith("GPTQ"):
-        # The layers were put in after eval(), so they still think that they train, and compute in float32. Reloaded
-        # 4-bit layers take a kernel for bfloat16; another backend computes as before.
+        # The layers were inserted after eval(), so they are still in training mode and compute in float32. Reloaded
+        # 4-bit layers use a bfloat16 kernel; another backend computes as before.
         default = AutoModelForCausalLM.from_pretrained(tmp_path, **where)
         assert mean_cosine(default(**inputs).logits.float()[0], original) >= expected.cosine
         where["quantization_config"] = GPTQConfig(bits=int(name[5]), backend="torch")
@@ -107,7 +107,7 @@ def test_quantised(tiny_dir, tiny_model, tiny_tokenizer, tmp_path, name):
 
 
 def test_quantised_cache(tiny_model, tiny_tokenizer):
-    """Keys and values held in 4 bits by hqq: most tokens stay, across the window too."""
+    """Keys and values in 4 bits by hqq: most tokens stay the same, also across the window."""
     ids = tiny_tokenizer(TEXT, return_tensors="pt")["input_ids"]
     ids = tiny_model.generate(ids, min_length=240, max_length=240, do_sample=False)
     run = {"max_new_tokens": 30, "min_new_tokens": 30, "do_sample": False}

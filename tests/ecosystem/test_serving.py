@@ -1,4 +1,4 @@
-"""`make serve`'s server, asked by the real openai client: the replies are transformers' greedy ones."""
+"""The server of `make serve` with the real openai client: the replies are transformers' greedy ones."""
 
 import sys
 
@@ -17,7 +17,7 @@ GREEDY = {"max_tokens": 24, "temperature": 0}
 
 @pytest.fixture(scope="module")
 def client(tiny_dir, tmp_path_factory):
-    """A client of a server that ends with the module."""
+    """A client of a server that runs for this module."""
     command = [sys.executable, "examples/serve.py", "--model", str(tiny_dir), "--dtype", "float32", "--device", "cpu"]
     with client_of(command, tmp_path_factory.mktemp("serve") / "log.txt", patience=120) as client:
         yield client
@@ -31,17 +31,17 @@ def greedy(model, tokenizer, prompt: str, new: int = 24) -> str:
 
 @pytest.mark.parametrize("prompt", PROMPTS)
 def test_completions(client, tiny_dir, tiny_model, tiny_tokenizer, prompt):
-    """In one piece, and streamed in several with no Chinese character cut in two."""
+    """Whole, and streamed in several chunks with no Chinese character split."""
     expected = greedy(tiny_model, tiny_tokenizer, prompt)
     answer = client.completions.create(model=str(tiny_dir), prompt=prompt, **GREEDY)
     assert answer.choices[0].text == expected and answer.usage.completion_tokens == 24
     stream = client.completions.create(model=str(tiny_dir), prompt=prompt, stream=True, **GREEDY)
-    pieces = [chunk.choices[0].text for chunk in stream if chunk.choices]
-    assert "".join(pieces) == expected and len(pieces) > 3 and not any("\ufffd" in piece for piece in pieces)
+    chunks = [chunk.choices[0].text for chunk in stream if chunk.choices]
+    assert "".join(chunks) == expected and len(chunks) > 3 and not any("\ufffd" in chunk for chunk in chunks)
 
 
 def test_chat(client, tiny_dir, tiny_model, tiny_tokenizer):
-    """Two turns, whole and streamed: chat()'s replies, which stop by themselves at <eoa>."""
+    """Two turns, whole and streamed: the replies of chat(), which end at <eoa>."""
     first, history = tiny_model.chat(tiny_tokenizer, "Hello!", do_sample=False)
     second, _ = tiny_model.chat(tiny_tokenizer, "Who are you?", history, do_sample=False)
     messages = [{"role": "user", "content": "Hello!"}]
@@ -56,7 +56,7 @@ def test_chat(client, tiny_dir, tiny_model, tiny_tokenizer):
 
 
 def test_beyond_the_window(client, tiny_dir, tiny_model, tiny_tokenizer):
-    """The server's cache is transformers', so dynamic NTK is exact: 200 tokens more than the window of 256."""
+    """The server uses transformers' cache, so dynamic NTK is exact: 200 tokens beyond the window of 256."""
     ids = tiny_tokenizer(PROMPTS[0], return_tensors="pt")["input_ids"]
     ids = tiny_model.generate(ids, min_length=300, max_length=300, do_sample=False)
     prompt = tiny_tokenizer.decode(ids[0], skip_special_tokens=True)
@@ -67,7 +67,7 @@ def test_beyond_the_window(client, tiny_dir, tiny_model, tiny_tokenizer):
 
 
 def test_another_model_is_refused(client):
-    """The server was started for one model, and says which."""
+    """The server was started for one model, which the error names."""
     with pytest.raises(openai.BadRequestError) as error:
         client.completions.create(model="internlm/internlm-7b", prompt="x", **GREEDY)
     assert "pinned to" in error.value.response.text

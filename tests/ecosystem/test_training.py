@@ -1,4 +1,4 @@
-"""Training of the tiny model with Trainer, TRL and PEFT, each against what plain torch computes."""
+"""Training the tiny model with Trainer, TRL and PEFT, compared with plain torch."""
 
 import copy
 
@@ -56,7 +56,7 @@ def arguments(kind, tmp_path, **settings):
 
 
 def rows(tokenizer) -> list[dict]:
-    """Texts of different lengths, padded on the left; padding does not count."""
+    """Texts of different lengths, left-padded; padding is masked in the labels."""
     batch = tokenizer(TEXTS, padding=True, return_tensors="pt")
     labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
     return [{**{key: batch[key][i] for key in batch}, "labels": labels[i]} for i in range(len(TEXTS))]
@@ -67,7 +67,7 @@ def weights(model) -> dict[str, torch.Tensor]:
 
 
 def assert_same_step(before, one, other, atol=1e-6):
-    """Two models after one step: they moved, and by the same."""
+    """Two models after one step: their weights changed, and by the same amounts."""
     assert any((one[name] - before[name]).abs().max() > 1e-5 for name in before)
     for name in before:
         torch.testing.assert_close(one[name], other[name], atol=atol, rtol=0, msg=name)
@@ -75,7 +75,7 @@ def assert_same_step(before, one, other, atol=1e-6):
 
 @pytest.mark.parametrize("checkpointing", (False, True))
 def test_gradient_accumulation_is_one_big_batch(model, tiny_tokenizer, tmp_path, checkpointing):
-    """Four batches of one row step as one batch of four, though rows differ in length; also when checkpointed."""
+    """Four accumulated rows equal one batch of four, although rows differ in length; also with checkpointing."""
     before, after = weights(model), []
     for size, accumulation in ((4, 1), (1, 4)):
         trained = copy.deepcopy(model)
@@ -88,8 +88,8 @@ def test_gradient_accumulation_is_one_big_batch(model, tiny_tokenizer, tmp_path,
     assert_same_step(before, *after)
 
 
-def test_trainer_step_is_torch(model, tiny_tokenizer, tmp_path):
-    """One step of Trainer is one step of SGD on the mean loss of all tokens that count."""
+def test_trainer_step_equals_plain_torch(model, tiny_tokenizer, tmp_path):
+    """One step of Trainer is one step of SGD on the mean loss of all unmasked tokens."""
     plain, before = copy.deepcopy(model).train(), weights(model)
     data = rows(tiny_tokenizer)
     batch = {key: torch.stack([row[key] for row in data]) for key in data[0]}
@@ -100,8 +100,8 @@ def test_trainer_step_is_torch(model, tiny_tokenizer, tmp_path):
     assert_same_step(before, weights(model), stepped)
 
 
-def test_trainer_predicts_logits_alone(model, tiny_tokenizer, tmp_path):
-    """What evaluation gathers is the logits, and not the cache beside them."""
+def test_trainer_predicts_only_logits(model, tiny_tokenizer, tmp_path):
+    """Evaluation gathers the logits without the cache."""
     trainer = Trainer(model, arguments(TrainingArguments, tmp_path, use_cache=True))
     predictions = trainer.predict(rows(tiny_tokenizer)).predictions
     assert predictions.shape[::2] == (len(TEXTS), model.config.vocab_size)
@@ -118,7 +118,7 @@ def sft(model, tokenizer, tmp_path, data, **settings):
 
 
 def test_sft_assistant_only_loss(model, tiny_tokenizer, tmp_path):
-    """Only replies count, with the <eoa> that ends each: the model learns to stop, and not to speak for the user."""
+    """The loss covers replies and the <eoa> that ends each: the model learns to stop, and not to write user turns."""
     trainer = sft(model, tiny_tokenizer, tmp_path, [{"messages": chat} for chat in CHATS], assistant_only_loss=True)
     batch = next(iter(trainer.get_train_dataloader()))
     learned = {tiny_tokenizer.decode(row[row != -100]) for row in batch["labels"]}
@@ -130,7 +130,7 @@ def test_sft_assistant_only_loss(model, tiny_tokenizer, tmp_path):
 
 @pytest.mark.parametrize("strategy", ("bfd", "wrapped"))
 def test_sft_packing(model, tiny_tokenizer, tmp_path, strategy):
-    """Texts packed into one row train as they do apart (bfd); wrapped packing cuts one stream into rows."""
+    """Texts packed into one row have the logits of separate texts (bfd); wrapped packing splits a stream into rows."""
     data = [{"text": text} for text in TEXTS]
     packed = sft(
         model, tiny_tokenizer, tmp_path, data, packing=True, packing_strategy=strategy, per_device_train_batch_size=1
@@ -154,7 +154,7 @@ def test_sft_packing(model, tiny_tokenizer, tmp_path, strategy):
 
 @pytest.mark.parametrize("target", (PROJECTIONS, "all-linear"), ids=("named", "all-linear"))
 def test_lora(model, tiny_dir, tiny_tokenizer, tmp_path, target):
-    """An adapter trains the layers alone, merges to the same logits, and loads again from its own small folder."""
+    """An adapter trains only the layers, merges to the same logits, and reloads from its own folder."""
     before = weights(model)
     adapted = get_peft_model(model, LoraConfig(r=8, target_modules=target, task_type="CAUSAL_LM"))
     trained, total = adapted.get_nb_trainable_parameters()
@@ -183,7 +183,7 @@ def test_lora(model, tiny_dir, tiny_tokenizer, tmp_path, target):
 
 @pytest.mark.parametrize("kind", ("DoRA", "IA3", "PromptTuning", "PrefixTuning"))
 def test_other_adapters(model, tiny_tokenizer, kind):
-    """The other methods of PEFT build, take a step and generate."""
+    """PEFT's other methods build, train and generate."""
     config = {
         "DoRA": lambda: LoraConfig(r=4, use_dora=True, target_modules=PROJECTIONS, task_type="CAUSAL_LM"),
         "IA3": lambda: peft.IA3Config(
@@ -208,7 +208,7 @@ def test_other_adapters(model, tiny_tokenizer, kind):
 
 
 def test_resize_token_embeddings(model, tiny_dir, tiny_tokenizer, tmp_path):
-    """New tokens get rows, old logits stay, and the larger model saves, loads and learns them."""
+    """New tokens get rows, old logits stay the same, and the larger model trains, saves and loads."""
     tokenizer = copy.deepcopy(tiny_tokenizer)
     ids = tokenizer(TEXTS[0], return_tensors="pt")["input_ids"]
     with torch.no_grad():

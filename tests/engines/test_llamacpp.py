@@ -1,4 +1,4 @@
-"""The Llama-layout copy in llama.cpp: its own converter takes it, and ids and greedy tokens are transformers'."""
+"""The Llama copy in llama.cpp: its converter accepts it; ids and greedy tokens are those of transformers."""
 
 import json
 import shutil
@@ -18,7 +18,7 @@ from support.paths import GOLDEN, ROOT
 
 pytestmark = [pytest.mark.llamacpp, pytest.mark.filterwarnings("ignore::DeprecationWarning:llama_cpp")]
 
-# llama.cpp's source, with the converter, stands in the source of its Python package; `make test-llamacpp` unpacks it.
+# The source of the Python package includes llama.cpp's source with the converter; `make test-llamacpp` unpacks it.
 CONVERTER = Path(sys.prefix) / "source" / "vendor" / "llama.cpp" / "convert_hf_to_gguf.py"
 PROMPTS = (
     "Coming to the beautiful nature, we found",
@@ -39,13 +39,13 @@ def to_gguf(folder: Path, *options: str) -> Path:
 
 
 def open_gguf(path: Path, context: int, **settings) -> Llama:
-    """Keys and values in float32 as in the reference; one thread adds in one order."""
+    """Keys and values in float32 as in the reference; one thread sums in a fixed order."""
     types = {"type_k": GGML_TYPE_F32, "type_v": GGML_TYPE_F32}
     return Llama(str(path), n_ctx=context, n_threads=1, n_threads_batch=1, verbose=False, **types, **settings)
 
 
 def greedy(model: Llama, ids: list[int], new: int = 24) -> list[int]:
-    """llama.cpp's tokens, until one that ends a text."""
+    """llama.cpp's tokens up to the first stop token."""
     model.reset()
     tokens = []
     for token in model.generate(ids, temp=0.0):
@@ -60,7 +60,7 @@ def expected(model, ids: list[int], new: int = 24) -> list[int]:
 
 
 def test_same_tokens(tiny_dir, tiny_model, tiny_tokenizer, tmp_path):
-    """Within the window: ids from text, greedy tokens, and a chat turn that stops at <eoa> when told to."""
+    """Within the window: token ids, greedy tokens, and a chat turn that stops at <eoa> when configured to."""
     run("tools/convert_checkpoint.py", "llama", tiny_dir, tmp_path / "llama", "--quiet")
     path = to_gguf(tmp_path / "llama", "--outtype", "f32")
     eoa = tiny_tokenizer.convert_tokens_to_ids("<eoa>")
@@ -76,7 +76,7 @@ def test_same_tokens(tiny_dir, tiny_model, tiny_tokenizer, tmp_path):
 
 
 def test_beyond_the_window(tiny_dir, tiny_model, tiny_tokenizer, tmp_path):
-    """A copy made with --context has its base in the GGUF file; plain Llama with the same base is the reference."""
+    """A copy made with --context stores its base in the GGUF file; plain Llama with that base is the reference."""
     run("tools/convert_checkpoint.py", "llama", tiny_dir, tmp_path / "llama", "--context", "1024", "--quiet")
     model = open_gguf(to_gguf(tmp_path / "llama", "--outtype", "f32"), 1024)
     ids = tiny_tokenizer(PROMPTS[0], return_tensors="pt")["input_ids"]
@@ -86,7 +86,7 @@ def test_beyond_the_window(tiny_dir, tiny_model, tiny_tokenizer, tmp_path):
 
 
 def test_real_vocabulary(tmp_path):
-    """The official tokenizer's ids for every golden text, but for NUL, which SentencePiece itself has changed."""
+    """The official ids for every golden text, except those with NUL, where SentencePiece itself has changed."""
     source, target = tmp_path / "source", tmp_path / "target"
     source.mkdir()
     target.mkdir()

@@ -1,7 +1,7 @@
-"""vLLM's Transformers backend runs the assembled folder: the tokens are transformers', and the window is vLLM's limit.
+"""vLLM's Transformers backend runs the assembled folder: same tokens as transformers, up to the trained window.
 
-vLLM keeps the keys itself, so there is no dynamic NTK in it (docs/long-context.md): what is longer than the trained
-window is refused, and a fixed base, given without touching the folder, opens a longer one.
+vLLM manages the keys itself, so dynamic NTK does not apply (docs/long-context.md): inputs longer than the trained
+window are refused, and a fixed base, set without changing the folder, allows a longer one.
 """
 
 import json
@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.vllm, pytest.mark.timeout(400)]
 PROMPTS = ("Coming to the beautiful nature, we found", "来到美丽的大自然，我们发现")
 WINDOW, CONTEXT = 256, 1024
 ENVIRONMENT = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
-# Reads token ids from argv[2]; writes one line of JSON: what was refused at the start, and an answer for each prompt.
+# Reads prompts from argv[2]; prints the error for a larger max_model_len, and a result for each prompt, as JSON.
 OFFLINE = """
 import json, sys
 from vllm import LLM, SamplingParams
@@ -52,13 +52,13 @@ def greedy(model, ids: list[int], new: int = 24) -> list[int]:
 
 @pytest.fixture(scope="module")
 def long_text(tiny_model, tiny_tokenizer):
-    """Token ids (300) that the model wrote itself."""
+    """Generated token ids (300)."""
     ids = tiny_tokenizer(PROMPTS[0], return_tensors="pt")["input_ids"]
     return tiny_model.generate(ids, min_length=300, max_length=300, do_sample=False)[0].tolist()
 
 
 def test_offline(tiny_dir, tiny_model, tiny_tokenizer, long_text, tmp_path):
-    """Equal tokens inside the window; an answer ends with it; a longer prompt or a longer window is refused."""
+    """Same tokens inside the window, where generation ends; longer prompts and a larger max_model_len are refused."""
     prompts = [*(tiny_tokenizer(prompt)["input_ids"] for prompt in PROMPTS), long_text[:246], long_text]
     command = [sys.executable, "-c", OFFLINE, str(tiny_dir), json.dumps(prompts)]
     with (tmp_path / "log.txt").open("w+b") as log:
@@ -81,7 +81,7 @@ def test_offline(tiny_dir, tiny_model, tiny_tokenizer, long_text, tmp_path):
 
 @pytest.fixture(scope="module")
 def fixed(tiny_dir):
-    """The tiny model's configuration with the base fixed for CONTEXT tokens, as docs/long-context.md says."""
+    """The tiny model's configuration with the base fixed for CONTEXT tokens, as in docs/long-context.md."""
     config = AutoConfig.from_pretrained(tiny_dir, trust_remote_code=True)
     config.rotary = {"type": "origin", "base": fixed_base(config, CONTEXT), "scaling_factor": 1.0}
     config.max_position_embeddings = CONTEXT
@@ -90,9 +90,9 @@ def fixed(tiny_dir):
 
 @pytest.fixture(scope="module")
 def client(tiny_dir, fixed, tmp_path_factory):
-    """A client of vLLM's server, which ends with the module."""
+    """A client of a vLLM server that runs for this module."""
     overrides = json.dumps({"rotary": fixed.rotary, "max_position_embeddings": CONTEXT})
-    # Not `vllm serve`: in vllm-cpu 0.32.0 it asks for the version of a package named vllm, and there is none.
+    # Not `vllm serve`: vllm-cpu 0.32.0 looks up the version of a package named vllm, which is not installed.
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(tiny_dir)]
     command += ["--trust-remote-code", "--model-impl", "transformers", "--dtype", "float32"]
     command += ["--hf-overrides", overrides]
@@ -109,8 +109,8 @@ def test_online(client, tiny_dir, fixed, tiny_tokenizer, long_text):
         expected = tiny_tokenizer.decode(greedy(model, ids), skip_special_tokens=True)
         assert client.completions.create(prompt=ids, **settings).choices[0].text == expected
         stream = client.completions.create(prompt=ids, stream=True, **settings)
-        pieces = [chunk.choices[0].text for chunk in stream if chunk.choices]
-        assert "".join(pieces) == expected and len(pieces) > 3
+        chunks = [chunk.choices[0].text for chunk in stream if chunk.choices]
+        assert "".join(chunks) == expected and len(chunks) > 3
     messages = [{"role": "user", "content": "Who are you?"}]
     reply = client.chat.completions.create(messages=messages, **settings | {"max_tokens": 100}).choices[0]
     assert reply.message.content == model.chat(tiny_tokenizer, "Who are you?", do_sample=False)[0]

@@ -1,4 +1,4 @@
-"""A real server of the OpenAI API in a process of its own, for the tests that talk to one."""
+"""A real OpenAI-compatible server in a child process."""
 
 import contextlib
 import os
@@ -16,7 +16,7 @@ from support.paths import ROOT
 
 
 def stop(process: subprocess.Popen) -> None:
-    """End a process that leads its own session, and all that it started."""
+    """End a process that leads its own session, and all its descendants."""
     if process.poll() is not None:
         return
     os.killpg(process.pid, signal.SIGINT)
@@ -29,10 +29,10 @@ def stop(process: subprocess.Popen) -> None:
 
 @contextlib.contextmanager
 def client_of(command: list[str], log: Path, patience: float, environment: dict | None = None) -> Iterator:
-    """Start `command` on a free port of this machine; a client of it, once it listens. It is stopped at the end.
+    """Start the server `command` on a free local port, yield a client once it listens, and stop it at the end.
 
     Args:
-        log: Where its output goes, shown if it does not listen after `patience` seconds.
+        log: file for the server's output, shown if it does not listen within `patience` seconds.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -1,4 +1,4 @@
-"""The text on which tests and benchmarks/tokenizer.py compare the tokenizer with sentencepiece; small models of it."""
+"""The corpus on which the tokenizer is compared with sentencepiece, and small SentencePiece models."""
 
 import json
 import random
@@ -17,14 +17,14 @@ BLOCKS = [  # code points: Latin, Greek to Hebrew, Indic, symbols, CJK, Hangul, 
 
 
 def generated_unicode(rng: random.Random) -> str:
-    """Up to 400 characters of one block, with the spaces, breaks and repetitions of written text."""
+    """Up to 400 characters of one block, with spaces, line breaks and repetitions as in written text."""
     low, high = rng.choice(BLOCKS)
     characters = [chr(rng.randint(low, high)) for _ in range(rng.randint(1, 400))]
     return "".join(rng.choice([character, character, " ", "\n"]) for character in characters)
 
 
 def mixed_corpus(size: int, seed: int = 0) -> list[str]:
-    """About `size` bytes: the goldens, the project's own files, generated Unicode, Python's standard library."""
+    """About `size` bytes: golden texts, files of this project, generated Unicode, Python's standard library."""
     rng = random.Random(seed)
     out = [case["text"] for case in jsonl("tokenizer.jsonl")]
     for pattern in ("*.md", "*.py", "*.jinja", "tests/*.py", "tools/*.py", "docs/*.md"):
@@ -42,7 +42,7 @@ def mixed_corpus(size: int, seed: int = 0) -> list[str]:
 
 
 def train_sentencepiece(corpus: Path, prefix: Path, **changed) -> Path:
-    """Train a SentencePiece model of 500 pieces with the official settings, or with some of them changed."""
+    """Train a SentencePiece model of 500 pieces with the official settings, except those in `changed`."""
     official = {
         "model_type": "bpe",
         "vocab_size": 500,

@@ -1,0 +1,77 @@
+"""The rules of CONTRIBUTING.md that can be counted: the line budgets of root modules, a row for every test file."""
+
+import ast
+import io
+import re
+import tokenize
+
+import pytest
+
+from tools.package import MODULES
+
+from support.paths import ROOT
+
+
+# Code lines: neither blank, comment nor docstring. The rule in CONTRIBUTING.md has the same words and numbers.
+BUDGETS = {
+    "modeling_internlm.py": 400,
+    "tokenization_internlm.py": 350,
+    "configuration_internlm.py": 170,
+    "every other root module": 150,
+    "every function of a root module": 45,
+}
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+NOT_CODE = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+
+
+def code_lines(source: str) -> set[int]:
+    """The numbers of the lines that hold code; a string over several lines holds code on each of them."""
+    lines: set[int] = set()
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type not in NOT_CODE:
+            lines.update(range(token.start[0], token.end[0] + 1))
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, (ast.Module, ast.ClassDef, *FUNCTIONS)) and ast.get_docstring(node) is not None:
+            lines.difference_update(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+    return lines
+
+
+def test_code_lines_are_counted():
+    source = (
+        '"""Two\nlines."""\n\n# a comment\nclass A:\n    """One."""\n\n    x = """a\n    b"""  # two lines of code\n'
+    )
+    assert code_lines(source) == {5, 8, 9}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_modules_stay_within_their_budget(name):
+    count = len(code_lines((ROOT / name).read_text(encoding="utf-8")))
+    budget = BUDGETS.get(name, BUDGETS["every other root module"])
+    assert count <= budget, f"{name} has {count} lines of code, {count - budget} more than its budget"
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_functions_stay_within_their_budget(name):
+    """The signature counts, decorators do not."""
+    source = (ROOT / name).read_text(encoding="utf-8")
+    lines = code_lines(source)
+    counts = {
+        node.name: len(lines & set(range(node.lineno, node.end_lineno + 1)))
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, FUNCTIONS)
+    }
+    assert not {name: count for name, count in counts.items() if count > BUDGETS["every function of a root module"]}
+
+
+def test_contributing_publishes_these_budgets():
+    rule = re.search(r"^\d+\. Code lines.*?(?=\n\d+\. |\n\n)", CONTRIBUTING, re.MULTILINE | re.DOTALL)
+    assert rule, "CONTRIBUTING.md has no rule that begins with `Code lines`"
+    found = re.findall(r"`?([a-z_]+\.py|every [a-z ]+?)`? (?:at most )?(\d+)", " ".join(rule[0].split()))
+    assert {name: int(count) for name, count in found} == BUDGETS
+
+
+def test_contributing_has_a_row_for_every_test_file():
+    """A new test file needs a behaviour that it tests, and a row where a contributor finds it."""
+    files = {str(path.relative_to(ROOT)) for path in ROOT.glob("tests/**/test_*.py")}
+    assert files == set(re.findall(r"`(tests/[\w/]*test_\w+\.py)`", CONTRIBUTING))
