@@ -218,7 +218,7 @@ def test_local_sentences_have_one_whole_choice_and_give_no_length_away():
     """Right by the grammar, not by the label alone; a model that only counts tokens gets 25 percent."""
     from sentencepiece import SentencePieceProcessor
 
-    from tools.tiny_grammar import is_well_formed
+    from tools.tiny.grammar import is_well_formed
 
     tokenizer = SentencePieceProcessor(model_file=str(ROOT / "tests" / "golden" / "tokenizer.model"))
     rows = local_rows("internlm_sentences")
