@@ -31,7 +31,11 @@ def parser(doc: str | None) -> argparse.ArgumentParser:
     )
     made.add_argument("--quick", action="store_true", help="fewer cases and rounds: a trial run, not a result")
     made.add_argument(
-        "--only", action="append", default=[], metavar="TEXT", help="only cases whose name contains TEXT"
+        "--only",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="only cases whose name contains TEXT; repeatable, all must match",
     )
     made.add_argument("--threads", type=int, help="torch threads on the CPU (default: torch's choice)")
     made.add_argument("--out", type=Path, help="result file (default: benchmarks/results, or build/ with --quick)")

@@ -43,15 +43,15 @@ class Subject:
         config.rotary["type"] = rotary
         model_class = package.load("modeling").InternLMForCausalLM
         self.model = model_class.from_pretrained(folder, config=config, dtype=torch.float32).eval()
-        self.pieces = sentencepiece.SentencePieceProcessor(str(folder / "tokenizer.model"))
+        self.tokenizer = sentencepiece.SentencePieceProcessor(str(folder / "tokenizer.model"))
         self.window: int = config.max_position_embeddings
-        self.end = self.pieces.piece_to_id("<eoa>")
+        self.end = self.tokenizer.piece_to_id("<eoa>")
 
     def ids(self, text: str) -> list[int]:
-        return [1, *self.pieces.encode(text)]
+        return [1, *self.tokenizer.encode(text)]
 
     def count(self, text: str) -> int:
-        return len(self.pieces.encode(text))
+        return len(self.tokenizer.encode(text))
 
     @torch.inference_mode()
     def losses(self, ids: list[int]) -> torch.Tensor:
@@ -72,7 +72,7 @@ class Subject:
     def finish(self, row: list[int]) -> tuple[str, bool]:
         ends = [index for index, token in enumerate(row) if token in (self.end, 2)]
         stop = ends[0] if ends else len(row)
-        return self.pieces.decode(row[:stop]), bool(ends) and row[stop] == self.end
+        return self.tokenizer.decode(row[:stop]), bool(ends) and row[stop] == self.end
 
 
 def held_out_loss(subject: Subject, count: int) -> dict[str, float]:
@@ -81,7 +81,7 @@ def held_out_loss(subject: Subject, count: int) -> dict[str, float]:
     for document in islice(documents("held out"), count):
         ids, learn = [1], [True]
         for text, predictable in document.parts:
-            tokens = subject.pieces.encode(text)
+            tokens = subject.tokenizer.encode(text)
             ids += tokens
             learn += [predictable] * len(tokens)
         ids, learn = [*ids, 2][: subject.window], [*learn, True][: subject.window]
