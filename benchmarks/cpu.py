@@ -1,44 +1,44 @@
-"""Ours against the library's Llama on the CPU, on the same weights: prefill, decode, training step, overhead, compile.
+"""Ours against transformers' Llama on the CPU, on the same weights: prefill, decode, training, overhead, compile.
 
-python benchmarks/cpu.py                       # all, about 6 minutes on two cores
-python benchmarks/cpu.py --quick               # a look, about a minute
+python benchmarks/cpu.py                       # all cases, about 6 minutes on two cores
+python benchmarks/cpu.py --quick               # a trial run, about a minute
 python benchmarks/cpu.py --only decode --only 256x12
 """
 
 import itertools
+import sys
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from common import (
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.counts import count_operators, decode_bytes, forward_flops
+from benchmarks.models import (
     MEDIUM,
-    MOST_ROUNDS,
     OVERHEAD,
     SMALL,
     Context,
     Decoding,
-    Report,
     Shape,
-    alternate,
     check_equal,
-    copy_bandwidth,
-    count_operators,
-    decode_bytes,
-    dtype_name,
-    forward_flops,
-    matrix_rate,
     new_tokens,
-    parser,
-    row_of,
-    seconds,
     share_layers,
-    start,
-    steps_per_sample,
-    summarise,
     train_step,
     twins,
-    wanted,
+)
+from benchmarks.report import Report, dtype_name, parser, row_of, start, wanted
+from benchmarks.timing import (
+    MAX_ROUNDS,
+    alternate,
+    copy_bandwidth,
+    matrix_rate,
+    seconds,
+    steps_per_sample,
     warm_up_compiler,
 )
 
@@ -46,7 +46,7 @@ from common import (
 PREFILL = 512
 TRAIN = 128  # tokens per row of a training step
 CONTEXTS = (128, 2048)
-SHARED_LAYERS = ("overhead", "overhead_generate")  # kinds whose layers all have the weights of the first
+SHARED_LAYERS = ("overhead", "overhead_generate")  # kinds in which all layers share the weights of the first
 
 
 class Case(NamedTuple):
@@ -61,7 +61,7 @@ class Case(NamedTuple):
 
 
 def cases(quick: bool) -> Iterator[Case]:
-    """Every case, those of one model next to each other."""
+    """All cases, grouped by model."""
     for kind in ("overhead", "overhead_generate", "overhead_and_memory"):
         yield Case(kind, OVERHEAD, torch.float32, 1, 128)
     yield Case("compiled", SMALL, torch.float32, 1, 128)
@@ -76,7 +76,7 @@ def cases(quick: bool) -> Iterator[Case]:
 
 
 class Bench:
-    """Runs cases one by one, with a pair of models that is kept while the shape and the dtype stay."""
+    """Runs cases one by one; a pair of models is kept for consecutive cases of the same model."""
 
     def __init__(self, report: Report, budget: float) -> None:
         self.report, self.budget = report, budget
@@ -99,9 +99,9 @@ class Bench:
         runner(case)
 
     def compare(
-        self, case: Case, sides: dict, at_least: float, floor: float, most_rounds: int = MOST_ROUNDS, **facts
+        self, case: Case, sides: dict, at_least: float, floor: float, max_rounds: int = MAX_ROUNDS, **facts
     ) -> None:
-        timing = alternate(sides, self.budget, most_rounds=most_rounds)
+        timing = alternate(sides, self.budget, max_rounds=max_rounds)
         for other in timing.ratio:
             row, text = row_of(
                 str(case),
@@ -121,7 +121,7 @@ class Bench:
 
     @torch.no_grad()
     def prefill(self, case: Case) -> None:
-        """A prompt read into an empty cache, logits of its last token only, as generate does."""
+        """A prompt into an empty cache, with logits of its last token only, as generate does."""
         ours, llama = self.models(case)
         ids = new_tokens(ours, case.batch, case.context)
         calls = {"ours": partial(ours, ids, logits_to_keep=1), "llama": partial(llama, ids, logits_to_keep=1)}
@@ -140,10 +140,8 @@ class Bench:
         ours.eval(), llama.eval()
 
     @torch.no_grad()
-    def decode(
-        self, case: Case, target: float = 1.0, as_generate: bool = False, most_rounds: int = MOST_ROUNDS
-    ) -> None:
-        """One token at a time from a growing cache, the forward only."""
+    def decode(self, case: Case, target: float = 1.0, as_generate: bool = False, max_rounds: int = MAX_ROUNDS) -> None:
+        """One token at a time with a growing cache, the forward only."""
         ours, llama = self.models(case)
         context = Context(ours, case.batch, case.context)
         sides = {name: Decoding(model, context, as_generate) for name, model in (("ours", ours), ("llama", llama))}
@@ -151,31 +149,31 @@ class Bench:
         steps = steps_per_sample(seconds(sides["ours"].step))
         operators = {name: sum(count_operators(side.step).values()) for name, side in sides.items()}
         samples = {name: partial(side.sample, steps) for name, side in sides.items()}
-        self.compare(case, samples, target, self.decode_floor(ours, case), most_rounds, operators=operators)
+        self.compare(case, samples, target, self.decode_floor(ours, case), max_rounds, operators=operators)
         print(f"{'':40s} operators per step: ours {operators['ours']}, llama {operators['llama']}")
 
     def overhead(self, case: Case, target: float = 1.2, as_generate: bool = False) -> None:
-        """A decode step so small that only the framework's overhead counts.
+        """A decode step so small that only overhead counts.
 
-        On one thread: with more, each product of a few microseconds waits for them. And all layers share one layer's
-        weights, for 10 MB of them come from memory that a rented machine shares with its neighbours.
+        On one thread, as synchronising more would cost longer than a product of a few microseconds. All layers share
+        one layer's weights: 10 MB of separate weights would come from memory that a rented machine shares.
         """
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
-        self.decode(case, target, as_generate, most_rounds=121)
+        self.decode(case, target, as_generate, max_rounds=121)
         torch.set_num_threads(threads)
 
     def overhead_generate(self, case: Case) -> None:
-        """The same with attention mask and positions made and handed over, as generate does: more that both share."""
+        """The same, creating and passing attention mask and positions as generate does, which both sides share."""
         self.overhead(case, target=1.0, as_generate=True)
 
     def overhead_and_memory(self, case: Case) -> None:
-        """The same with weights of its own for every layer, as a real model has them."""
+        """The same with separate weights for every layer, as in a real model."""
         self.overhead(case, target=1.0)
 
     @torch.no_grad()
     def compiled(self, case: Case) -> None:
-        """Ours with a static cache and torch.compile, against Llama eager, and against Llama compiled alike."""
+        """Ours with a static cache and torch.compile, against eager Llama, and against Llama compiled the same way."""
         ours, llama = self.models(case)
         static, growing = Context(ours, case.batch, case.context, static=True), Context(ours, case.batch, case.context)
         sides = {
@@ -195,7 +193,7 @@ class Bench:
         print(f"{'':40s} first call: " + ", ".join(f"{name} {took:.1f} s" for name, took in first_call.items()))
 
     def decode_floor(self, model: torch.nn.Module, case: Case) -> float:
-        """Seconds to read what a step must read, at the copy bandwidth for data of that size (caches included)."""
+        """Seconds to read what a step must read, at the copy bandwidth for that size (it may fit into CPU caches)."""
         size = decode_bytes(model, case.batch, case.context)
         megabytes = max(1, min(256, 2 ** round(size / 2 / 2**20).bit_length()))
         if megabytes not in self.bandwidth:
@@ -205,15 +203,14 @@ class Bench:
 
 
 def main() -> None:
-    arguments = parser(__doc__.splitlines()[0], "\n".join(__doc__.splitlines()[2:])).parse_args()
+    arguments = parser(__doc__).parse_args()
     start(arguments)
     report = Report("cpu", arguments)
     bench = Bench(report, budget=1.0 if arguments.quick else 6.0)
     for case in cases(arguments.quick):
         if wanted(str(case), arguments):
             bench.run(case)
-    print(summarise(report.content["rows"]))
-    report.write()
+    report.finish()
 
 
 if __name__ == "__main__":

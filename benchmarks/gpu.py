@@ -1,43 +1,39 @@
-"""Full-size InternLM on one GPU: decode and prefill of ours and the library's Llama, against the hardware's floors.
+"""Full-size InternLM on one GPU: decode and prefill of ours and transformers' Llama, against the hardware's floors.
 
-Random bfloat16 weights are made on the device; ours and Llama share them and the cache, so that the 20B and 16k tokens
-of keys and values fit into 80 GB once. Needs torch and transformers only, no checkpoint and no network.
+Random bfloat16 weights are created on the device; ours and Llama share them and the cache, so that the 20B with 16k
+tokens of keys and values fits into 80 GB. Needs only torch and transformers, no checkpoint and no network.
 
     python benchmarks/gpu.py                                  # 20B and 7B, a table in under 8 minutes
-    python benchmarks/gpu.py --shapes 20b --only compiled     # part of it
-    python benchmarks/gpu.py --device cpu --shapes tiny       # the same code on a CPU, to try it
+    python benchmarks/gpu.py --shapes 20b --only compiled     # a subset
+    python benchmarks/gpu.py --device cpu --shapes tiny       # the same code on a CPU, to try it out
 
-Cases run in order of importance; those that would end after --minutes are named and left out.
+Cases run in order of importance; those that would exceed --minutes are skipped and reported.
 """
 
 import argparse
 import gc
+import sys
 import time
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from common import (
-    Context,
-    Decoding,
-    Report,
-    Shape,
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.counts import decode_bytes, forward_flops
+from benchmarks.models import Context, Decoding, Shape, check_equal, new_tokens, twins
+from benchmarks.report import Report, parser, row_of, start, wanted
+from benchmarks.timing import (
+    Timing,
     alternate,
-    check_equal,
     copy_bandwidth,
-    decode_bytes,
-    forward_flops,
     matrix_rate,
-    new_tokens,
-    parser,
-    row_of,
     seconds,
-    start,
     steps_per_sample,
-    summarise,
     synchronize,
-    twins,
-    wanted,
     warm_up_compiler,
 )
 
@@ -50,10 +46,10 @@ SHAPES = {
 K = 1024
 LEAVE_FREE = 2 * 2**30  # bytes for activations, the compiler and fragmentation
 
-# compiled decode over the byte floor at most, by context in units of 1k tokens; between them the later one's
+# maximum of compiled decode over the byte floor, by context in units of 1k tokens
 COMPILED_TARGETS = {1: 1.10, 4: 1.15, 16: 1.15}
-EAGER_TARGET = 1.3  # Llama / ours at least
-PREFILL_TARGET = 1.3  # ours over the FLOP floor at most
+EAGER_TARGET = 1.3  # minimum of Llama / ours
+PREFILL_TARGET = 1.3  # maximum of ours over the FLOP floor
 
 
 class Case(NamedTuple):
@@ -121,19 +117,19 @@ class Bench:
             self.slowest_compile = max(self.slowest_compile, time.perf_counter() - began)
 
     def free(self) -> None:
-        """Give compiled programs, their CUDA graphs and caches back before the next case."""
+        """Release compiled programs, their CUDA graphs and caches before the next case."""
         torch._dynamo.reset()
         gc.collect()
         if self.device.startswith("cuda"):
             torch.cuda.empty_cache()
 
-    def add(self, case: Case, timing, other: str | None = None, **facts) -> None:
+    def add(self, case: Case, timing: Timing, other: str | None = None, **facts) -> None:
         names = {"kind": case.kind, "model": self.name, "dtype": "bfloat16", "batch": case.batch}
         context = case.thousands * self.unit
         self.report.add(*row_of(f"{self.name}/{case}", timing, other, **names, context=context, **facts))
 
     def peaks(self, calls: dict) -> dict[str, float]:
-        """GiB held at most during one call of each side, weights and cache included."""
+        """Peak memory in GiB during one call of each side, including weights and cache."""
         if not self.device.startswith("cuda"):
             return {name: float("nan") for name in calls}
         found = {}
@@ -146,13 +142,13 @@ class Bench:
         return found
 
     def prefill(self, case: Case, length: int) -> None:
-        """A prompt into an empty cache, logits of its last token."""
+        """A prompt into an empty cache, with logits of its last token only."""
         ids = new_tokens(self.ours, case.batch, length)
         calls = {
             "ours": lambda: self.ours(ids, logits_to_keep=1).logits,
             "llama": lambda: self.llama(ids, logits_to_keep=1).logits,
         }
-        if length <= self.shape.window:  # beyond it Llama's plain rotary is another function
+        if length <= self.shape.window:  # beyond it, Llama with plain rotary is a different function
             check_equal(calls["ours"](), calls["llama"](), f"{self.name}/{case}")
         peak_gib = self.peaks(calls)
         timing = alternate({name: partial(seconds, call, self.device) for name, call in calls.items()}, budget=3.0)
@@ -166,7 +162,7 @@ class Bench:
         if length <= self.shape.window:
             check_equal(sides["ours"].first_step(), sides["llama"].first_step(), f"{self.name}/{case}")
         peak_gib = self.peaks({name: side.step for name, side in sides.items()})
-        steps = steps_per_sample(seconds(sides["ours"].step, self.device), wanted=0.2)
+        steps = steps_per_sample(seconds(sides["ours"].step, self.device), sample_seconds=0.2)
         timing = alternate({name: partial(side.sample, steps) for name, side in sides.items()}, budget=3.0)
         floor = decode_bytes(self.ours, case.batch, length) / self.bandwidth
         self.add(case, timing, "llama", at_least=EAGER_TARGET, floor=floor, peak_gib=peak_gib)
@@ -176,7 +172,7 @@ class Bench:
         self._compiled(case, length, "ours", self.ours, COMPILED_TARGETS[case.thousands])
 
     def compiled_llama(self, case: Case, length: int) -> None:
-        """The same of Llama, for comparison: no target."""
+        """The same for Llama, for comparison, without a target."""
         self._compiled(case, length, "llama", self.llama, None)
 
     def _compiled(self, case: Case, length: int, name: str, model: torch.nn.Module, target: float | None) -> None:
@@ -185,10 +181,10 @@ class Bench:
         side = Decoding(compiled, context)
         first_call = seconds(side.step, self.device)
         check_equal(side.first_step(), Decoding(model, context).first_step(), f"{self.name}/{case}")
-        for _ in range(3):  # CUDA graphs are recorded in the second call
+        for _ in range(3):  # CUDA graphs are captured in the second call
             side.step()
         peak_gib = self.peaks({name: side.step})
-        steps = steps_per_sample(seconds(side.step, self.device), wanted=0.2)
+        steps = steps_per_sample(seconds(side.step, self.device), sample_seconds=0.2)
         timing = alternate({name: partial(side.sample, steps)}, budget=2.0)
         floor = decode_bytes(self.ours, case.batch, length) / self.bandwidth
         self.add(case, timing, floor=floor, floor_at_most=target, peak_gib=peak_gib, first_call_s=first_call)
@@ -196,7 +192,7 @@ class Bench:
 
 
 def measure_floors(report: Report, device: str) -> tuple[float, float]:
-    """Copy bandwidth in bytes/s and bfloat16 matrix rate in FLOP/s, on sizes that no cache holds."""
+    """Copy bandwidth in bytes/s and bfloat16 matrix rate in FLOP/s, at sizes that exceed every cache."""
     on_gpu = device.startswith("cuda")
     bandwidth = copy_bandwidth(device, megabytes=2048 if on_gpu else 64)
     rate = matrix_rate(torch.bfloat16, device, size=8192 if on_gpu else 512)
@@ -223,10 +219,10 @@ def run_cases(cases: list[Case], names: list[str], arguments, report: Report, fl
 
 
 def parse() -> argparse.Namespace:
-    made = parser(__doc__.splitlines()[0], "\n".join(__doc__.splitlines()[2:]))
+    made = parser(__doc__)
     made.add_argument("--device", default="cuda", help='torch device (default "cuda")')
     made.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=["20b", "7b"], help="which models")
-    made.add_argument("--minutes", type=float, default=8.0, help="start no case that would end later (default 8)")
+    made.add_argument("--minutes", type=float, default=8.0, help="start no case that would end after this (default 8)")
     return made.parse_args()
 
 
@@ -235,7 +231,7 @@ def main() -> None:
     arguments = parse()
     start(arguments)
     if arguments.device.startswith("cuda") and not torch.cuda.is_available():
-        print("gpu: skipped, torch sees no CUDA device (--device cpu --shapes tiny tries the same code on a CPU)")
+        print("gpu: skipped, torch sees no CUDA device (--device cpu --shapes tiny runs the same code on a CPU)")
         return
     report = Report("gpu", arguments, arguments.device)
     if not arguments.out and not report.quick and arguments.device.startswith("cuda"):
@@ -246,8 +242,7 @@ def main() -> None:
     run_cases(CHEAP, arguments.shapes, arguments, report, floors, deadline)
     warm_up_compiler(arguments.device)
     run_cases(COMPILED, arguments.shapes, arguments, report, floors, deadline)
-    print(summarise(report.content["rows"]) + f"; {time.perf_counter() - began:.0f} s")
-    report.write()
+    report.finish(remark=f"; {time.perf_counter() - began:.0f} s")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Loading: peak memory against the checkpoint's size, and the time from an empty process to the first token.
+"""Loading: peak memory relative to the checkpoint's size, and the time from starting Python to the first token.
 
-* A synthetic safetensors checkpoint of about 1 GB (in a temporary folder) is loaded in a fresh process; the peak of
-  resident memory beyond what the process held before is compared with the size of the file.
-* Import, load and first token of checkpoints/tiny, whole process, in turns with Llama's of the same weights.
+* A synthetic safetensors checkpoint of about 1 GB (in a temporary folder) is loaded in a fresh process. The increase
+  of the peak resident memory is compared with the size of the checkpoint.
+* Import, load and first token of checkpoints/tiny in fresh processes, alternating with Llama on the same weights.
 
     python benchmarks/loading.py                   # about 2 minutes
     python benchmarks/loading.py --quick
@@ -18,29 +18,23 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from common import (
-    ROOT,
-    InternLMConfig,
-    Report,
-    Shape,
-    alternate,
-    llama_config,
-    our_model,
-    parser,
-    row_of,
-    seconds,
-    start,
-    summarise,
-    wanted,
-)
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.models import InternLMConfig, Shape, llama_config, our_model
+from benchmarks.report import Report, parser, row_of, start, wanted
+from benchmarks.timing import alternate, seconds
+from tools.package import MODULES, ROOT
+from upload_to_hub import assemble
 
 
 LARGE = Shape(hidden=2048, layers=8, heads=16, intermediate=5504, vocab=32768)
 QUICK = LARGE._replace(layers=2, vocab=4096)
-PEAK_TARGET = 1.1  # peak memory over checkpoint size at most
+PEAK_TARGET = 1.1  # maximum of peak memory over checkpoint size
 TINY = ROOT / "checkpoints" / "tiny"
 
-# Runs in a process of its own. argv: folder; prints {"before", "peak"} in bytes.
+# Runs in a separate process. argv: folder; prints {"before", "peak"} in bytes.
 PEAK_OF_LOADING = """
 import json, sys
 import torch
@@ -52,15 +46,15 @@ def status(field):
 
 config = AutoConfig.from_pretrained(sys.argv[1], trust_remote_code=True)
 small = AutoConfig.from_pretrained(sys.argv[1], trust_remote_code=True, num_hidden_layers=1, vocab_size=8)
-AutoModelForCausalLM.from_config(small, trust_remote_code=True)  # the code that a first load imports is not the load
+AutoModelForCausalLM.from_config(small, trust_remote_code=True)  # modules imported by a first load do not count
 before = status("VmRSS")
-open("/proc/self/clear_refs", "w").write("5")  # the peak starts anew here
+open("/proc/self/clear_refs", "w").write("5")  # resets the peak
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True, dtype="auto")
-total = sum(parameter.sum() for parameter in model.parameters())  # nothing is left to be read later
+total = sum(parameter.sum() for parameter in model.parameters())  # forces all pages to be read
 print(json.dumps({"before": before, "peak": status("VmHWM")}))
 """
 
-# argv: folder. What a user waits for, from `python` to the first token.
+# argv: folder. Everything that a user waits for until the first token.
 FIRST_TOKEN = """
 import sys
 import torch
@@ -70,7 +64,7 @@ model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True
 model.generate(torch.tensor([[1, 300, 400, 500]]), max_new_tokens=1, do_sample=False)
 """
 
-# The same with text in and out.
+# The same with text as input and output.
 FIRST_WORD = """
 import sys
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -83,7 +77,7 @@ tokenizer.decode(output[0], skip_special_tokens=True)
 
 
 def run_python(code: str, folder: Path, modules: Path) -> str:
-    """Standard output of `code` in a fresh process, which keeps the remote code it caches in `modules`."""
+    """Standard output of `code` in a fresh process, with `modules` as the cache of remote code."""
     environment = {**os.environ, "HF_MODULES_CACHE": str(modules), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-c", code, str(folder)]
     ran = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=modules)
@@ -93,17 +87,17 @@ def run_python(code: str, folder: Path, modules: Path) -> str:
 
 
 def write_ours(shape: Shape, folder: Path) -> None:
-    """A checkpoint with random weights, and this package's code beside it."""
+    """Write a checkpoint with random weights and this package's modules."""
     our_model(shape, torch.bfloat16).save_pretrained(folder)
-    for module in ROOT.glob("*_internlm.py"):
-        shutil.copy(module, folder)
+    for module in MODULES:
+        shutil.copy(ROOT / module, folder)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config["auto_map"] = json.loads((ROOT / "config.json").read_text(encoding="utf-8"))["auto_map"]
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
 
 
 def write_llama(ours: Path, folder: Path, shape: Shape) -> None:
-    """Llama's config beside a hard link of our weights."""
+    """Write Llama's config and hard links to our weights."""
     folder.mkdir()
     config = llama_config(shape)
     config.architectures, config.dtype = ["LlamaForCausalLM"], "bfloat16"
@@ -126,14 +120,14 @@ def shape_of(folder: Path) -> Shape:
 
 
 def peak_memory(report: Report, work: Path, shape: Shape) -> None:
-    """Peak resident memory of loading, beyond what the process held before, over the checkpoint's size."""
+    """Increase of the peak resident memory while loading, relative to the checkpoint's size."""
     folders = {"ours": work / "ours", "llama": work / "llama"}
     write_ours(shape, folders["ours"])
     write_llama(folders["ours"], folders["llama"], shape)
     size = sum(path.stat().st_size for path in folders["ours"].glob("*.safetensors"))
     peaks = {}
     for name, folder in folders.items():
-        run_python("import transformers", folder, work)  # the page cache holds the library from here on
+        run_python("import transformers", folder, work)  # so that the library is in the page cache
         found = json.loads(run_python(PEAK_OF_LOADING, folder, work).splitlines()[-1])
         peaks[name] = (found["peak"] - found["before"]) / size
     verdict = "ok" if peaks["ours"] <= PEAK_TARGET else "MISSED"
@@ -144,10 +138,7 @@ def peak_memory(report: Report, work: Path, shape: Shape) -> None:
 
 
 def first_token(report: Report, work: Path, budget: float) -> None:
-    """Whole processes in turns: ours and Llama from ids, and ours from text."""
-    sys.path.insert(0, str(ROOT))
-    from tools.hub.assemble import assemble
-
+    """Alternating fresh processes: ours and Llama from ids, and ours from text."""
     ours, llama = work / "tiny-ours", work / "tiny-llama"
     assemble(weights=TINY, out=ours, progress=False)
     write_llama(ours, llama, shape_of(ours))
@@ -156,13 +147,13 @@ def first_token(report: Report, work: Path, budget: float) -> None:
         "llama": partial(run_python, FIRST_TOKEN, llama, work),
         "ours_text": partial(run_python, FIRST_WORD, ours, work),
     }
-    timing = alternate({name: partial(seconds, side) for name, side in sides.items()}, budget, most_rounds=9)
+    timing = alternate({name: partial(seconds, side) for name, side in sides.items()}, budget, max_rounds=9)
     report.add(*row_of("first_token", timing, "llama", at_least=1.0, model="checkpoints/tiny"))
     report.add(*row_of("first_token_with_tokenizer", timing, "ours_text", model="checkpoints/tiny"))
 
 
 def main() -> None:
-    arguments = parser(__doc__.splitlines()[0], "\n".join(__doc__.splitlines()[2:])).parse_args()
+    arguments = parser(__doc__).parse_args()
     start(arguments)
     report = Report("loading", arguments)
     with tempfile.TemporaryDirectory(prefix="loading-") as work:
@@ -170,8 +161,7 @@ def main() -> None:
             peak_memory(report, Path(work), QUICK if arguments.quick else LARGE)
         if wanted("first_token", arguments):
             first_token(report, Path(work), budget=20 if arguments.quick else 60)
-    print(summarise(report.content["rows"]))
-    report.write()
+    report.finish()
 
 
 if __name__ == "__main__":

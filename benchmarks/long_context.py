@@ -1,52 +1,44 @@
-"""What dynamic NTK costs beyond the trained window: ours against the same model with plain rotary, at the same length.
+"""The cost of dynamic NTK beyond the trained window: ours against the same model with plain rotary, at equal length.
 
 Decode steps at 0.5x, 2x, 4x and 8x of the window, eager with a growing cache and compiled with a static one, and the
-prefill of a prompt of four windows. Up to the window the two must be the same program.
+prefill of a prompt of four windows. Up to the window both must run the same operators.
 
-    python benchmarks/long_context.py              # all, about 3 minutes on two cores
+    python benchmarks/long_context.py              # all cases, about 3 minutes on two cores
     python benchmarks/long_context.py --quick --only eager
 """
 
+import sys
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from common import (
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.counts import count_operators, decode_bytes, forward_flops, memory_use
+from benchmarks.models import (
     Context,
     Decoding,
     InternLMForCausalLM,
-    Report,
     Shape,
-    alternate,
-    copy_bandwidth,
-    count_operators,
-    decode_bytes,
-    dtype_name,
-    forward_flops,
-    matrix_rate,
-    memory_use,
     new_tokens,
     our_config,
     our_model,
-    parser,
-    row_of,
-    seconds,
     sharing_weights,
-    start,
-    steps_per_sample,
-    summarise,
-    wanted,
-    warm_up_compiler,
 )
+from benchmarks.report import Report, dtype_name, parser, row_of, start, wanted
+from benchmarks.timing import alternate, copy_bandwidth, matrix_rate, seconds, steps_per_sample, warm_up_compiler
 
 
-# The family's head_dim, 128, and the 20B's weight of the context: at 8x the window keys and values are as large as the
-# weights (20B: 40.3 GB and 39.1 GB in bf16), at 4x half as large.
+# The family's head_dim, 128, and the 20B's ratio of cache to weights: at 8x the window keys and values are as large as
+# the weights (20B: 40.3 GB and 39.1 GB in bf16), at 4x half as large.
 SHAPE = Shape(hidden=1024, layers=4, heads=8, intermediate=2752, window=768)
 MULTIPLES = (0.5, 2, 4, 8)
 PREFILL_MULTIPLE = 4
-# dynamic / plain at most; up to the window there is nothing that could cost, so 1.05 is room for noise
+# maximum of dynamic / plain; up to the window dynamic NTK costs nothing, so 1.05 only allows for noise
 TARGETS = {"eager": 1.25, "compiled": 1.1, "prefill": 1.25}
 WITHIN_WINDOW = 1.05
 
@@ -93,7 +85,7 @@ class Bench:
 
     @torch.no_grad()
     def run(self, case: Case) -> None:
-        torch._dynamo.reset()  # each case its own program: no shape of an earlier one is generalised
+        torch._dynamo.reset()  # a separate program for each case: no dynamic shapes because of an earlier one
         models = self.models(case.dtype)
         if case.kind == "prefill":
             self.prefill(case, models)
@@ -130,16 +122,16 @@ class Bench:
         facts = {"first_call_s": first_call}
         if not compiled:
             facts["operators"] = {name: sum(count_operators(side.step).values()) for name, side in sides.items()}
-        context.rewind()  # far from the end, where a step would fill the cache anew
+        context.rewind()  # at the end, a step would refill the cache
         uses = {name: memory_use(side.step) for name, side in sides.items()}
         facts["peak_bytes"] = {name: use.peak for name, use in uses.items()}
         steps = steps_per_sample(seconds(sides["plain"].step))
         floor = decode_bytes(models["plain"], case.batch, case.context) / self.bandwidth
         self.compare(case, {name: partial(side.sample, steps) for name, side in sides.items()}, floor, **facts)
-        told = [f"peak {name} {use.peak / 2**20:.1f} MiB" for name, use in uses.items()]
-        told += [f"operators {name} {count}" for name, count in facts.get("operators", {}).items()]
-        told += [f"first call {name} {took:.1f} s" for name, took in first_call.items() if compiled]
-        print(f"{'':40s} {', '.join(told)}")
+        details = [f"peak {name} {use.peak / 2**20:.1f} MiB" for name, use in uses.items()]
+        details += [f"operators {name} {count}" for name, count in facts.get("operators", {}).items()]
+        details += [f"first call {name} {took:.1f} s" for name, took in first_call.items() if compiled]
+        print(f"{'':40s} {', '.join(details)}")
 
     def prefill(self, case: Case, models: dict) -> None:
         ids = new_tokens(models["plain"], case.batch, case.context)
@@ -153,15 +145,14 @@ class Bench:
 
 
 def main() -> None:
-    arguments = parser(__doc__.splitlines()[0], "\n".join(__doc__.splitlines()[2:])).parse_args()
+    arguments = parser(__doc__).parse_args()
     start(arguments)
     report = Report("long_context", arguments)
     bench = Bench(report, budget=1.0 if arguments.quick else 6.0)
     for case in cases(arguments.quick):
         if wanted(str(case), arguments):
             bench.run(case)
-    print(summarise(report.content["rows"]))
-    report.write()
+    report.finish()
 
 
 if __name__ == "__main__":

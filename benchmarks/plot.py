@@ -1,6 +1,6 @@
-"""Draw benchmarks/results/*.json as PNG beside them.
+"""Plot benchmarks/results/*.json as PNG files beside them.
 
-python benchmarks/plot.py                       # all results that are there
+python benchmarks/plot.py                       # all existing results
 python benchmarks/plot.py build/benchmarks      # another folder
 """
 
@@ -45,7 +45,7 @@ plt.rcParams.update(
 
 
 def caption(figure: Any, result: dict) -> None:
-    """What a number means nothing without, below the picture."""
+    """Hardware, versions, commit and date, below the plot."""
     env = result["environment"]
     where = env.get("gpu") or f"{env['processor']}, {env['threads']} threads"
     text = (
@@ -63,22 +63,20 @@ def save(figure: Any, result: dict, path: Path) -> None:
 
 
 def label(row: dict) -> str:
-    """A case of the CPU benchmark in words."""
+    """The label of a case of the CPU benchmark."""
     parts = [NAMES[row["kind"]], row["model"], row["dtype"], f"batch {row['batch']}", str(row["context"])]
     return " · ".join(parts) + (" · vs compiled Llama" if row["ratio_of"].startswith("llama_compiled") else "")
 
 
 def plot_cpu(result: dict, path: Path) -> None:
-    """Llama's time over ours, case by case, with the interquartile range."""
+    """Llama's time over ours for each case, with the interquartile range."""
     rows = [row for row in result["rows"] if "ratio" in row][::-1]
     figure, axes = plt.subplots(figsize=(9, 1.6 + 0.24 * len(rows)))
-    for place, row in enumerate(rows):
+    for y, row in enumerate(rows):
         colour = {"ok": COLOURS["ours"], "noise": "#8a8a8a"}.get(row["verdict"], COLOURS["other"])
-        axes.plot(row["ratio_quartiles"], [place, place], color=colour, linewidth=2, solid_capstyle="round")
-        axes.plot(row["ratio"], place, "o", color=colour, markersize=5)
-        axes.annotate(
-            f"{row['ratio']:.2f}", (1.01, place), xycoords=("axes fraction", "data"), va="center", fontsize=8
-        )
+        axes.plot(row["ratio_quartiles"], [y, y], color=colour, linewidth=2, solid_capstyle="round")
+        axes.plot(row["ratio"], y, "o", color=colour, markersize=5)
+        axes.annotate(f"{row['ratio']:.2f}", (1.01, y), xycoords=("axes fraction", "data"), va="center", fontsize=8)
     labels = [label(row) for row in rows]
     axes.set_yticks(range(len(rows)), labels, fontsize=7.5)
     axes.axvline(1.0, color=COLOURS["floor"], linewidth=1, linestyle="--")
@@ -127,7 +125,7 @@ def plot_long_context(result: dict, path: Path) -> None:
 
 
 def plot_gpu(result: dict, path: Path) -> None:
-    """Decode time against context, batch 1, per model, with the floor; eager and compiled."""
+    """Decode time against context for each model at batch 1, eager and compiled, with the floor."""
     models = list(dict.fromkeys(row["model"] for row in result["rows"]))
     figure, all_axes = plt.subplots(1, len(models), figsize=(max(6.8, 4.8 * len(models)), 3.8), squeeze=False)
     lines = [
@@ -159,7 +157,7 @@ def plot_gpu(result: dict, path: Path) -> None:
 
 
 def plot_loading(result: dict, path: Path) -> None:
-    """Peak memory over the checkpoint's size, and seconds to the first token."""
+    """Peak memory relative to the checkpoint's size, and seconds to the first token."""
     rows = {row["case"]: row for row in result["rows"]}
     panels: list[tuple[str, dict[str, float], float | None]] = []
     if row := rows.get("peak_memory"):
@@ -193,7 +191,7 @@ PLOTS: dict[str, Callable[[dict, Path], None]] = {
 def main() -> None:
     made = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     made.add_argument(
-        "folder", nargs="?", type=Path, default=RESULTS, help="where the results lie (default: %(default)s)"
+        "folder", nargs="?", type=Path, default=RESULTS, help="folder of the results (default: %(default)s)"
     )
     folder = made.parse_args().folder
     for file in sorted(folder.glob("*.json")):

@@ -1,13 +1,13 @@
 """The tokenizer against a SentencePiece-backed slow tokenizer of transformers and against sentencepiece itself.
 
-All sides get the same 2 MB in one process and in turns: the golden texts, this project's files, generated Unicode and
-Python's standard library; whole (as when a data set is prepared) and by line (as in a chat). They must agree first.
-What counts is the processor time of the whole process, all threads together, so no side wins by using more cores;
-only encode/batch, one call with all texts, counts wall time, because only ours then uses all cores.
-`encode` is tokenizer.encode(text), the ids alone; `call` is tokenizer(text), where ours also finds each token's place.
+All sides alternate in one process on the same 2 MB: the golden texts, this project's files, generated Unicode and
+Python's standard library; whole texts (as in data preparation) and single lines (as in a chat). They must agree first.
+Times are CPU times of the whole process, summed over all threads, so that no side wins by using more cores; only
+encode/batch, one call with all texts, measures wall time, because there only ours uses all cores.
+`encode` is tokenizer.encode(text), the ids only; `call` is tokenizer(text), for which ours also computes offsets.
 
 python benchmarks/tokenizer.py            # about 2 minutes
-python benchmarks/tokenizer.py --quick    # a look, 20 seconds
+python benchmarks/tokenizer.py --quick    # a trial run, 20 seconds
 """
 
 import gc
@@ -26,22 +26,24 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import sentencepiece
 import transformers
-from common import ROOT, Report, alternate, parser, row_of, seconds, start, summarise, wanted
 
 
-sys.path.insert(0, str(ROOT))
-sys.path.insert(0, str(ROOT / "tests"))
-from support.paths import GOLDEN
-from support.texts import mixed_corpus
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.report import Report, parser, row_of, start, wanted
+from benchmarks.timing import alternate, seconds
+from tests.support.paths import GOLDEN
+from tests.support.texts import mixed_corpus
+from tools import package
 
 
-InternLMTokenizer = importlib.import_module("internlm.tokenization_internlm").InternLMTokenizer
+InternLMTokenizer = package.load("tokenization").InternLMTokenizer
 MODEL = str(GOLDEN / "tokenizer.model")
 OURS, SLOW, RAW = "ours", "slow", "sentencepiece"
 
 
 def slow_tokenizer() -> Any:
-    """A tokenizer of transformers that runs sentencepiece from Python: SentencePieceBackend, before 5.0 Llama's."""
+    """A tokenizer of transformers that calls sentencepiece from Python: SentencePieceBackend, before 5.0 Llama's."""
     if transformers.__version__ < "5":
         return transformers.LlamaTokenizer(MODEL, legacy=True)
 
@@ -53,7 +55,7 @@ def slow_tokenizer() -> Any:
 
 
 def functions_of(tokenizer: Any) -> dict[str, Callable[[Any], Any]]:
-    """A tokenizer's functions from text to ids, without special tokens, and back."""
+    """A tokenizer's functions from text to ids without special tokens, and back."""
     return {
         "encode": partial(tokenizer.encode, add_special_tokens=False),
         "call": lambda text: tokenizer(text, add_special_tokens=False)["input_ids"],
@@ -71,7 +73,7 @@ def sides() -> dict[str, dict[str, Callable[[Any], Any]]]:
 
 
 def corpora(size: int) -> dict[str, list[str]]:
-    """Texts on which all sides agree by definition: without control strings, NUL and U+2581."""
+    """Texts on which all sides must agree: without control strings, NUL and U+2581."""
     texts = [
         text for text in mixed_corpus(size) if not any(c in text for c in ("<s>", "</s>", "<unk>", "\0", "\u2581"))
     ]
@@ -79,7 +81,7 @@ def corpora(size: int) -> dict[str, list[str]]:
     return {"whole": texts, "lines": lines[:: max(1, len(lines) // 10_000)]}
 
 
-def processor_seconds(function: Callable[[Any], Any], items: list) -> float:
+def cpu_seconds(function: Callable[[Any], Any], items: list) -> float:
     gc.collect()
     begin = time.process_time()
     for item in items:
@@ -88,7 +90,7 @@ def processor_seconds(function: Callable[[Any], Any], items: list) -> float:
 
 
 def measure(report: Report, arguments: Any, budget: float) -> None:
-    """Encode and decode each corpus on each side; one row for each peer."""
+    """Encode and decode each corpus on each side; one row per peer."""
     functions = sides()
     for corpus, texts in corpora(2_000_000).items():
         ids = [functions[RAW]["encode"](text) for text in texts]
@@ -104,19 +106,19 @@ def measure(report: Report, arguments: Any, budget: float) -> None:
                         i for i, (a, b) in enumerate(zip(answers[side], answers[OURS], strict=True)) if a != b
                     )
                     raise SystemExit(f"{case}: {side} and ours differ on {texts[wrong][:200]!r}; not timed.")
-            runs = {side: lambda f=own[name], i=items: processor_seconds(f, i) for side, own in functions.items()}
+            runs = {side: lambda f=own[name], i=items: cpu_seconds(f, i) for side, own in functions.items()}
             timing = alternate(runs, budget)
             speed = {side: round(megabytes / ms * 1e3, 2) for side, ms in timing.milliseconds.items()}
             print(f"{case:16s} {megabytes:.2f} MB, MB/s: " + ", ".join(f"{side} {v:.2f}" for side, v in speed.items()))
             facts = {"megabytes": round(megabytes, 3), "megabytes_per_second": speed}
-            # On lines, what a call of transformers costs in Python is more than what sentencepiece needs for a line.
+            # On lines, the Python overhead of a transformers call exceeds sentencepiece's time for the line.
             targets = {SLOW: 5.0 if name == "decode" else 2.0, RAW: 1 / 1.5 if case == "encode/whole" else None}
             for peer, target in targets.items():
                 report.add(*row_of(f"{case} against {peer}", timing, peer, at_least=target, **facts))
 
 
 def measure_batch(report: Report, budget: float) -> None:
-    """A data set in one call, as `datasets.map(batched=True)` makes it, with the threads that each side has."""
+    """A data set in one call, as from `datasets.map(batched=True)`, with all threads that a side can use."""
     texts = corpora(2_000_000)["whole"]
     megabytes = sum(len(text.encode()) for text in texts) / 1e6
     raw = sentencepiece.SentencePieceProcessor(model_file=MODEL)
@@ -135,7 +137,7 @@ def measure_batch(report: Report, budget: float) -> None:
 
 
 def measure_loading(report: Report, budget: float) -> None:
-    """From files to a tokenizer object, both forms of ours and the slow peer."""
+    """From files to a tokenizer object: both file formats of ours, and the slow peer."""
     with tempfile.TemporaryDirectory() as folder:
         InternLMTokenizer(MODEL).save_pretrained(folder)
         saved = str(Path(folder) / "tokenizer.json")
@@ -144,17 +146,17 @@ def measure_loading(report: Report, budget: float) -> None:
             "tokenizer.json": lambda: InternLMTokenizer(tokenizer_file=saved),
             SLOW: slow_tokenizer,
         }
-        runs = {name: lambda make=make: processor_seconds(lambda _: make(), [0]) for name, make in makers.items()}
+        runs = {name: lambda make=make: cpu_seconds(lambda _: make(), [0]) for name, make in makers.items()}
         timing = alternate(runs, budget)
     for peer in ("tokenizer.json", SLOW):
         report.add(*row_of(f"load against {peer}", timing, peer))
     load = timing.milliseconds[OURS] / 1e3
-    text = f"load {load:.2f} s of processor time, target < 1 s: {'ok' if load < 1 else 'MISSED'}"
+    text = f"load {load:.2f} s of CPU time, target < 1 s: {'ok' if load < 1 else 'MISSED'}"
     report.add({"case": "load", "seconds": load, "target": "< 1", "verdict": "ok" if load < 1 else "MISSED"}, text)
 
 
 def main() -> None:
-    arguments = parser(__doc__ or "").parse_args()
+    arguments = parser(__doc__).parse_args()
     start(arguments)
     report = Report("tokenizer", arguments)
     report.note(sentencepiece=sentencepiece.__version__, tokenizers=importlib.import_module("tokenizers").__version__)
@@ -164,8 +166,7 @@ def main() -> None:
         measure_batch(report, budget)
     if wanted("load", arguments):
         measure_loading(report, budget)
-    print(summarise(report.content["rows"]))
-    report.write()
+    report.finish()
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""The card's seventeen benchmarks: which lm-eval task measures each, and how the published number was counted.
+"""The card's seventeen benchmarks: the lm-eval task that measures each, and how the published score was computed.
 
-The published numbers come from OpenCompass 20230920. What is said here about its method comes from its public
-repository (the base models' collection `base_medium`, read at commits 014fb105 and 78583343, both younger than the
-card) and from the card itself: a share of n samples has only n + 1 possible values, so the scores of seven models give
-n away (tests/test_evaluation.py checks every `official_samples` against them). `official` says what is known and
-`differs` what is done otherwise here; lm-eval words its prompts differently in any case, our own tasks do not.
+The published scores come from OpenCompass 20230920. What is noted here about its method comes from its public
+repository (the collection for base models, `base_medium`, at commits 014fb105 and 78583343, both later than the card)
+and from the card itself: a share of n samples has only n + 1 possible values, so the scores of seven models determine
+n (tests/test_evaluation.py checks every `official_samples` against them). `official` is what is known and `differs`
+what is done differently here. In any case lm-eval words its prompts differently; our own tasks do not.
 """
 
 from dataclasses import dataclass
@@ -12,20 +12,20 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Benchmark:
-    """One line of the table."""
+    """One row of the table."""
 
     name: str  # as the card prints it
     dimension: str  # the card's group
     card: float | None  # InternLM-20B's published score in percent; None: not in the card
-    task: str  # lm-eval's task, or a group whose tasks are averaged without weights, as OpenCompass averages
+    task: str  # lm-eval's task, or a group whose tasks are averaged without weights, as in OpenCompass
     shots: int  # examples in the prompt
     metric: str  # the key in lm-eval's results: metric,filter
-    split: str  # which split of the data set is scored
-    official: str = ""  # how the published number was counted
-    differs: str = ""  # what this measurement does otherwise
-    official_samples: int | None = None  # how many samples the published number is a share of
-    sets_shots: bool = False  # the task leaves the shots open, or has another default: pass `shots` to lm-eval
-    runs_code: bool = False  # scoring executes what the model wrote
+    split: str  # the split of the data set that is scored
+    official: str = ""  # how the published score was computed
+    differs: str = ""  # what is done differently here
+    official_samples: int | None = None  # the number of samples behind the published score
+    sets_shots: bool = False  # the task has no or another default: pass `shots` to lm-eval
+    runs_code: bool = False  # scoring executes generated code
 
 
 CARD = (
@@ -135,20 +135,20 @@ CARD = (
     ),
 )  # fmt: skip
 
-# Two tasks that travel with the repository: they need no download, and the tiny checkpoint can solve them.
+# Two tasks whose data are part of the repository: no download, and the tiny checkpoint can solve them.
 LOCAL = (
     Benchmark("Sentences (local)", "Local", None, "internlm_sentences", 0, "acc,none", "test"),
     Benchmark("Recall (local)", "Local", None, "internlm_recall", 0, "exact_match,none", "test"),
 )
 
-CODE_IS_OFF = "scoring runs Python that the model wrote, on this machine; --allow-code-execution turns it on"
+CODE_IS_OFF = "scoring runs generated Python code on this machine; --allow-code-execution enables it"
 
 
 def select(names: str) -> list[Benchmark]:
-    """The benchmarks that `--tasks` names: all (the card's), local, or a list of card or task names in any case.
+    """The benchmarks selected by `--tasks`: all (the card's), local, or a list of card or task names in any case.
 
     Raises:
-        SystemExit: A name is unknown; the message lists those there are.
+        SystemExit: A name is unknown; the message lists the valid ones.
     """
     known = {key.lower(): (line,) for line in (*CARD, *LOCAL) for key in (line.name, line.task)}
     known |= {"all": CARD, "local": LOCAL}
@@ -157,6 +157,6 @@ def select(names: str) -> list[Benchmark]:
     if unknown or not wanted:
         listed = ", ".join(line.task for line in (*CARD, *LOCAL))
         raise SystemExit(
-            f"--tasks: no benchmark is called {unknown or names!r}. Take all, local, or some of: {listed}"
+            f"--tasks: no benchmark is called {unknown or names!r}. Valid are all, local, or any of: {listed}"
         )
     return list(dict.fromkeys(line for name in wanted for line in known[name]))

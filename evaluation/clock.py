@@ -1,56 +1,56 @@
-"""How long the rest of an evaluation takes, reckoned from how long each kind of request has taken so far."""
+"""Estimates the remaining time of an evaluation from the measured speed of each kind of request."""
 
-# A generated token costs a decoding step, a character of the prompt its small share of one prefill. Only the length of
-# the bar rests on this guess: the time left comes from each kind's own measured pace.
+# A generated token costs a decode step, a character of the prompt only a small share of one prefill. This estimate
+# affects only the progress bar: the time left is computed from the measured speed of each kind.
 CHARACTERS_PER_NEW_TOKEN = 100
 
 
 def work_of(kind: str, request: tuple) -> float:
-    """The size of one request in characters: prompt and continuation, or prompt and the most it may generate."""
+    """The size of a request in characters: prompt and continuation, or prompt and maximum generation length."""
     if kind == "generate_until":
         return len(request[0]) + CHARACTERS_PER_NEW_TOKEN * request[1].get("max_gen_toks", 256)
     return sum(map(len, request))
 
 
 class Clock:
-    """Work that waits, by task and by kind of request, and the pace of each kind."""
+    """Pending work by task and kind of request, and the speed of each kind."""
 
     def __init__(self) -> None:
-        self._waiting: dict[str, dict[str, float]] = {}  # task -> kind -> characters
-        self._pace: dict[str, tuple[float, float]] = {}  # kind -> characters answered, seconds it took
+        self._pending: dict[str, dict[str, float]] = {}  # task -> kind -> characters
+        self._speed: dict[str, tuple[float, float]] = {}  # kind -> characters answered, seconds taken
 
     def plan(self, task: str, kind: str, work: float) -> None:
-        kinds = self._waiting.setdefault(task, {})
+        kinds = self._pending.setdefault(task, {})
         kinds[kind] = kinds.get(kind, 0.0) + work
 
     def answered(self, task: str, kind: str, work: float, seconds: float) -> None:
-        kinds = self._waiting[task]
+        kinds = self._pending[task]
         kinds[kind] = max(0.0, kinds.get(kind, 0.0) - work)
-        done, took = self._pace.get(kind, (0.0, 0.0))
-        self._pace[kind] = (done + work, took + seconds)
+        done, took = self._speed.get(kind, (0.0, 0.0))
+        self._speed[kind] = (done + work, took + seconds)
 
     def finished(self, task: str) -> None:
-        """Nothing of this task waits any more, whatever had been planned for it."""
-        self._waiting.pop(task, None)
+        """Drop whatever is still pending for this task."""
+        self._pending.pop(task, None)
 
     def work_left(self) -> float:
-        return sum(work for kinds in self._waiting.values() for work in kinds.values())
+        return sum(work for kinds in self._pending.values() for work in kinds.values())
 
     def seconds_left(self) -> float | None:
-        """None until something was measured; a kind not measured yet is taken to be as slow as the slowest."""
-        speeds = {kind: seconds / work for kind, (work, seconds) in self._pace.items() if work}
+        """None until something was measured; a kind not measured yet is assumed to be as slow as the slowest."""
+        speeds = {kind: seconds / work for kind, (work, seconds) in self._speed.items() if work}
         if not speeds:
             return None
         slowest = max(speeds.values())
         return sum(
-            work * speeds.get(kind, slowest) for kinds in self._waiting.values() for kind, work in kinds.items()
+            work * speeds.get(kind, slowest) for kinds in self._pending.values() for kind, work in kinds.items()
         )
 
 
-def spoken(seconds: float | None) -> str:
-    """A span of time as one would say it: about 40 s, about 12 min, about 3 h 20 min."""
+def format_time_left(seconds: float | None) -> str:
+    """A rounded duration: about 40 s, about 12 min, about 3 h 20 min."""
     if seconds is None:
-        return "time left not known yet"
+        return "time left unknown"
     minutes = round(seconds / 60)
     if minutes < 2:
         return f"about {round(seconds)} s left"

@@ -1,4 +1,4 @@
-"""Everything that touches lm-eval: its tasks and their data, the model in its dress, one task after the other."""
+"""All use of lm-eval: its tasks and their data, the model wrapper, running the tasks one by one."""
 
 import argparse
 import contextlib
@@ -20,22 +20,22 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from evaluation.card import Benchmark
-from evaluation.clock import Clock, spoken, work_of
+from evaluation.clock import Clock, format_time_left, work_of
 from evaluation.results import Store, write_atomic
 
 
 TASKS = Path(__file__).resolve().parent / "tasks"
-FEWSHOT_SEED = 1234  # lm-eval's own default; the same examples before and after an interruption
+FEWSHOT_SEED = 1234  # lm-eval's default, fixed so that a resumed run uses the same examples
 
 
 @functools.cache
 def task_manager(own_only: bool) -> TaskManager:
-    """The index of tasks; without lm-eval's own thousands it is there in no time."""
+    """The index of tasks; without lm-eval's thousands of tasks it loads instantly."""
     return TaskManager(include_path=str(TASKS), include_defaults=not own_only)
 
 
 def leaves(manager: TaskManager, name: str) -> list[str]:
-    """The names of the tasks behind a task, a tag or a group of groups, without loading their data."""
+    """The names of the tasks in a task, a tag or a nested group, without loading their data."""
     entry = manager.task_index[name]
     if entry.kind.name == "TAG":
         return sorted(entry.tags)
@@ -48,7 +48,7 @@ def load_task(manager: TaskManager, line: Benchmark, name: str, data: Path | Non
     """One lm-eval task with its data: from `data`/<task>/<split>.jsonl, from this repository, or from the Hub.
 
     Raises:
-        OSError, ValueError, RuntimeError: The data cannot be had, in the words of the `datasets` library.
+        OSError, ValueError, RuntimeError: The data cannot be loaded; raised by the `datasets` library.
     """
     spec: dict[str, Any] = {"task": name}
     if line.sets_shots:
@@ -61,26 +61,26 @@ def load_task(manager: TaskManager, line: Benchmark, name: str, data: Path | Non
                 None, (config.get(f"{use}_split") for use in ("training", "validation", "test", "fewshot"))
             ):
                 if split not in files:
-                    raise FileNotFoundError(f"{folder / name} has no {split}.jsonl, which this task reads")
+                    raise FileNotFoundError(f"{folder / name} has no {split}.jsonl, which this task requires")
             spec |= {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": {"data_files": files}}
             break
-    # A group of one is lm-eval's way to let a caller change a registered task.
+    # A group of one is lm-eval's way to override settings of a registered task.
     return manager.load({"group": "internlm_card", "task": [spec]})["tasks"][name]
 
 
 def load_tasks(
     lines: list[Benchmark], names: dict[str, list[str]], manager: TaskManager, data: Path | None
 ) -> tuple[list[tuple[Benchmark, Task]], dict[str, str]]:
-    """Load all data before the first question: what is missing shows at once, and the time left can be reckoned.
+    """Load all data first, so that missing data is reported immediately and the time left can be estimated.
 
     Args:
         lines: The benchmarks to run.
-        names: By benchmark's task, the lm-eval tasks that are still to be measured.
+        names: Benchmark's task -> its lm-eval tasks that have no result yet.
         manager: lm-eval's index of tasks.
         data: See `load_task`.
 
     Returns:
-        The tasks of the benchmarks whose data are complete, and by benchmark's task why the others have to wait.
+        The tasks of the benchmarks whose data are complete, and benchmark's task -> problem for the others.
     """
     loaded, problems = [], {}
     with tqdm(total=sum(len(names[line.task]) for line in lines), disable=False, leave=False) as bar:
@@ -90,7 +90,7 @@ def load_tasks(
                 for name in names[line.task]:
                     bar.set_description(f"Loading data of {name}")
                     tasks.append((line, load_task(manager, line, name, data)))
-            except Exception as error:  # rows that do not fit their task raise whatever its template raises
+            except Exception as error:  # malformed rows raise whatever the task's template raises
                 known = {ImportError: "package missing", (OSError, ValueError, RuntimeError): "data not reachable"}
                 word = next((word for kind, word in known.items() if isinstance(error, kind)), "failed")
                 reason = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -103,7 +103,7 @@ def load_tasks(
 
 
 class QuietLM(HFLM):
-    """lm-eval's model without its progress bars, one or two for each task: there is one bar, over all tasks."""
+    """lm-eval's model without its own progress bars, one or two per task: there is a single bar over all tasks."""
 
     def loglikelihood(self, requests: list, disable_tqdm: bool = True) -> list:
         return super().loglikelihood(requests, disable_tqdm=True)
@@ -113,7 +113,7 @@ class QuietLM(HFLM):
 
 
 def load_model(folder: Path, options: argparse.Namespace, dtype: str) -> QuietLM:
-    """The model and its tokenizer as lm-eval wants them: batches to be continued are padded on the left."""
+    """The model and its tokenizer, wrapped for lm-eval; batches for generation are padded on the left."""
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = AutoModelForCausalLM.from_pretrained(
         folder, trust_remote_code=True, dtype=getattr(torch, dtype), device_map=device
@@ -129,52 +129,52 @@ def load_model(folder: Path, options: argparse.Namespace, dtype: str) -> QuietLM
 
 
 def is_cut(lm: QuietLM, kind: str, request: tuple) -> bool:
-    """Whether a prompt leaves no room for its answer, so that lm-eval drops its beginning."""
+    """Whether prompt and answer exceed the window, so that lm-eval truncates the beginning of the prompt."""
     text = request[0] if kind == "generate_until" else "".join(request)
     room = lm.max_length - (request[1].get("max_gen_toks", lm.max_gen_toks) if kind == "generate_until" else -1)
-    # No text has more tokens than bytes: most prompts need no tokenizer to be found short enough. One more is <s>.
+    # A text has at most as many tokens as bytes, plus <s>, so most prompts pass without being tokenized.
     return len(text.encode()) >= room and len(lm.tok_encode(text)) > room
 
 
-class Listener(CacheHook):
-    """lm-eval's hook that keeps each answer the moment it is there, and tells us of it."""
+class NotifyingHook(CacheHook):
+    """lm-eval's hook, which stores each answer as soon as it is there, with a callback."""
 
-    def __init__(self, caching: CachingLM, heard: Callable[[str, tuple], None]) -> None:
+    def __init__(self, caching: CachingLM, on_answer: Callable[[str, tuple], None]) -> None:
         super().__init__(caching)
-        self.heard = heard
+        self.on_answer = on_answer
 
     def add_partial(self, attr: str, req: tuple, res: Any) -> None:
         super().add_partial(attr, req, res)
-        self.heard(attr, req)
+        self.on_answer(attr, req)
 
 
 class Evaluation:
-    """Runs tasks one after the other on one model, with a bar and a clock over all of them."""
+    """Runs tasks one after the other on one model, with one progress bar and one clock for all."""
 
     def __init__(self, lm: QuietLM, store: Store, limit: int | None, run_code: bool = False) -> None:
         self.lm, self.store, self.limit, self.run_code = lm, store, limit, run_code
         self.clock = Clock()
 
     def run(self, tasks: list[tuple[Benchmark, Task]], problems: dict[str, str]) -> None:
-        """Evaluate and store every task; one that fails is noted in `problems` and does not stop the others.
+        """Evaluate and store every task; a failure is noted in `problems` and does not stop the others.
 
         Raises:
-            SystemExit: The GPU's memory does not suffice; every further task would fail alike.
+            SystemExit: Out of GPU memory; every further task would fail the same way.
         """
         for _, task in tasks:
             self.plan(task)
-        bar_format = "{desc}{percentage:3.0f}%|{bar}| {elapsed} gone{postfix}"
+        bar_format = "{desc}{percentage:3.0f}%|{bar}| {elapsed} elapsed{postfix}"
         with tqdm(total=self.clock.work_left(), disable=False, bar_format=bar_format, mininterval=0.5) as self.bar:
             for number, (line, task) in enumerate(tasks, 1):
                 self.bar.set_description(f"{number}/{len(tasks)} {line.name} {task.task_name}")
                 try:
                     self.measure(line, task)
                 except torch.OutOfMemoryError as error:
-                    advice = "start again with a smaller one, what is finished is kept"
+                    advice = "restart with a smaller one; finished tasks are kept"
                     raise SystemExit(
                         f"{line.name}: out of memory at --batch-size {self.lm.batch_size}: {advice}"
                     ) from error
-                except Exception as error:  # hours of other benchmarks must not be lost with this one
+                except Exception as error:  # one failure must not cost the other benchmarks
                     problems[line.task] = f"failed: {task.task_name}: {type(error).__name__}: {error}".splitlines()[0]
                     write_atomic(self.store.folder / "errors" / f"{task.task_name}.txt", traceback.format_exc())
                     tqdm.write(f"{line.name}: {problems[line.task]}", file=sys.stderr)
@@ -182,21 +182,21 @@ class Evaluation:
                 self.show()
 
     def plan(self, task: Task) -> None:
-        """Reckon the work of a task from its first few requests."""
+        """Estimate the work of a task from its first few requests."""
         samples = min(self.limit or sys.maxsize, len(task.eval_docs))
         probe = min(4, samples)
         task.set_fewshot_seed(FEWSHOT_SEED)
-        with contextlib.suppress(Exception):  # rows that do not fit the task: `measure` meets the same and notes it
+        with contextlib.suppress(Exception):  # malformed rows: `measure` fails too and reports it
             task.build_all_requests(limit=probe, rank=0, world_size=1)
         for request in task.instances or ():
             kind = request.request_type
             self.clock.plan(task.task_name, kind, work_of(kind, request.args) * samples / probe)
 
     def measure(self, line: Benchmark, task: Task) -> None:
-        """One task: ask what the cache does not know yet, score everything, store it."""
+        """Run one task: request the answers that are not cached yet, score all, and store the result."""
         started, name = time.perf_counter(), task.task_name
         task.set_fewshot_seed(FEWSHOT_SEED)
-        with self.remembering(name) as (lm, asked):
+        with self.cached(name) as (lm, asked):
             output = evaluate(
                 lm, {"tasks": {name: task}}, limit=self.limit, bootstrap_iters=0, confirm_run_unsafe_code=self.run_code
             )
@@ -219,13 +219,13 @@ class Evaluation:
         self.store.finish(name, result, ({key: sample[key] for key in kept} for sample in samples))
 
     @contextlib.contextmanager
-    def remembering(self, name: str) -> Iterator[tuple[CachingLM, list[tuple]]]:
-        """The model behind a file of all its answers to this task, and the list of what it still had to be asked."""
+    def cached(self, name: str) -> Iterator[tuple[CachingLM, list[tuple]]]:
+        """The model with a file that caches all its answers to this task, and the list of requests it had to run."""
         caching = CachingLM(self.lm, f"{self.store.cache(name)}_rank0.db")
         asked: list[tuple] = []
         last = time.perf_counter()
 
-        def heard(kind: str, request: tuple) -> None:
+        def on_answer(kind: str, request: tuple) -> None:
             nonlocal last
             now = time.perf_counter()
             asked.append(request)
@@ -233,12 +233,12 @@ class Evaluation:
             self.show()
             last = now
 
-        self.lm.set_cache_hook(Listener(caching, heard))
+        self.lm.set_cache_hook(NotifyingHook(caching, on_answer))
         try:
             yield caching, asked
         finally:
             caching.dbdict.close()
 
     def show(self) -> None:
-        self.bar.set_postfix_str(spoken(self.clock.seconds_left()), refresh=False)
+        self.bar.set_postfix_str(format_time_left(self.clock.seconds_left()), refresh=False)
         self.bar.update(self.bar.total - self.clock.work_left() - self.bar.n)

@@ -1,7 +1,7 @@
-"""Results on disk, and the table that is made of them. Needs neither torch nor lm-eval.
+"""Results on disk, and the table made from them. Needs neither torch nor lm-eval.
 
-A finished task is one file, `raw/<task>.json`; it appears in one step, so a run that was cut off leaves whole results
-or none, and the next run skips what is there.
+A finished task is one file, `raw/<task>.json`, written atomically: an interrupted run leaves complete results or none,
+and the next run skips the complete ones.
 """
 
 import hashlib
@@ -15,7 +15,7 @@ from evaluation.card import Benchmark
 
 
 def write_atomic(path: Path, text: str) -> None:
-    """Write a file that is either the old one or the new one, whenever the process dies."""
+    """Write a file atomically: whenever the process dies, it is either the old or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     part.write_text(text, encoding="utf-8")
@@ -25,7 +25,7 @@ def write_atomic(path: Path, text: str) -> None:
 def fingerprint(folder: Path) -> str:
     """A short hash that changes with the weights, the tokenizer and the configuration in a model folder.
 
-    Of files beyond 2 MiB it reads only both ends: a minute of reading for each start would be paid by nobody.
+    Of files beyond 2 MiB it reads only both ends: hashing everything would delay each start by a minute.
     """
     digest, end = hashlib.sha256(), 1 << 20
     for path in sorted(path for path in folder.iterdir() if path.is_file() and path.suffix != ".md"):
@@ -45,10 +45,10 @@ class Store:
         self.folder = folder
 
     def claim(self, settings: dict[str, Any]) -> None:
-        """Note what is measured here and how, so that results of two settings never meet in one table.
+        """Record the settings, so that a table never mixes results of different settings.
 
         Raises:
-            SystemExit: The folder belongs to other settings.
+            SystemExit: The folder has results of other settings.
         """
         path = self.folder / "settings.json"
         if path.exists():
@@ -60,22 +60,22 @@ class Store:
             ]
             if changed:
                 raise SystemExit(
-                    f"{self.folder} holds results of other settings ({', '.join(changed)}): "
-                    "give --out another folder, or delete this one"
+                    f"{self.folder} has results of other settings ({', '.join(changed)}): "
+                    "pass another folder to --out, or delete this one"
                 )
         write_atomic(path, json.dumps(settings, indent=2) + "\n")
 
     def cache(self, task: str) -> Path:
-        """Where lm-eval keeps the answers of a task that is under way (it appends `_rank0.db`)."""
+        """Where lm-eval caches the answers of an unfinished task (it appends `_rank0.db`)."""
         return self.folder / "cache" / task
 
     def result(self, task: str) -> dict[str, Any] | None:
-        """What `finish` wrote for this task, None before that."""
+        """What `finish` wrote for this task, or None."""
         path = self.folder / "raw" / f"{task}.json"
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
     def finish(self, task: str, result: dict[str, Any], samples: Iterable[dict[str, Any]]) -> None:
-        """Write every sample's answer and score, then the result, which is what marks the task as done."""
+        """Write every sample's answer and score, then the result, which marks the task as done."""
         lines = "".join(json.dumps(sample, ensure_ascii=False, default=str) + "\n" for sample in samples)
         write_atomic(self.folder / "raw" / f"{task}.samples.jsonl", lines)
         write_atomic(self.folder / "raw" / f"{task}.json", json.dumps(result, indent=2, default=str) + "\n")
@@ -83,13 +83,13 @@ class Store:
 
 
 def summarise(line: Benchmark, tasks: list[str], store: Store, problem: str | None = None) -> dict[str, Any]:
-    """One line of the table: the unweighted mean over the benchmark's tasks in percent, or why there is none.
+    """One row of the table: the unweighted mean over the benchmark's tasks in percent, or why there is none.
 
     Args:
         line: The benchmark.
         tasks: Names of its lm-eval tasks; more than one where `line.task` is a group.
         store: Where the results are.
-        problem: What stood in its way, as "word: reason".
+        problem: Why it did not run, as "word: reason".
     """
     done = [result for result in map(store.result, tasks) if result]
     row = {
@@ -111,7 +111,7 @@ def summarise(line: Benchmark, tasks: list[str], store: Store, problem: str | No
 
 
 def markdown(rows: list[dict[str, Any]], settings: dict[str, Any]) -> str:
-    """The final table, why lines have no score, what was measured with what, and how each line compares."""
+    """The final table, reasons for missing scores, the settings, and how each score compares with the card's."""
 
     def number(value: float | None, form: str = ".2f") -> str:
         return "-" if value is None else format(value, form)
@@ -136,7 +136,7 @@ def markdown(rows: list[dict[str, Any]], settings: dict[str, Any]) -> str:
     if cut := [f"- {row['benchmark']}: {row['cut']}" for row in rows if row["cut"]]:
         lines += [
             "",
-            "Prompts that did not fit into the window and lost their beginning (see --max-length):",
+            "Prompts that exceeded the window and were truncated at the beginning (see --max-length):",
             "",
             *cut,
         ]
@@ -147,5 +147,5 @@ def markdown(rows: list[dict[str, Any]], settings: dict[str, Any]) -> str:
         if row["official"]
     ]
     if notes:
-        lines += ["", "How the card's numbers were counted, and what is done otherwise here:", "", *notes]
+        lines += ["", "How the card's scores were computed, and what is done differently here:", "", *notes]
     return "\n".join(lines) + "\n"

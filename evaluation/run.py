@@ -1,11 +1,11 @@
-"""Measure the model card's benchmarks again.
+"""Reproduce the model card's benchmarks.
 
-python evaluation/run.py --model FOLDER --tasks all          # the card's seventeen
+python evaluation/run.py --model FOLDER --tasks all          # the card's seventeen benchmarks
 python evaluation/run.py --model FOLDER --tasks local        # two small tasks that need no download
 python evaluation/run.py --model FOLDER --tasks boolq,piqa --limit 50
 
-Stopped or killed, the same command goes on where it stopped. Needs requirements-evaluation.txt.
-The exit code is 0 only when every benchmark that was asked for has a score.
+An interrupted run resumes with the same command. Needs requirements-evaluation.txt.
+The exit code is 0 only if every requested benchmark has a score.
 """
 
 import argparse
@@ -19,17 +19,17 @@ from pathlib import Path
 from typing import Any
 
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from evaluation.card import CODE_IS_OFF, Benchmark, select  # noqa: E402
-from evaluation.results import Store, fingerprint, markdown, summarise, write_atomic  # noqa: E402
+from evaluation.card import CODE_IS_OFF, Benchmark, select
+from evaluation.results import Store, fingerprint, markdown, summarise, write_atomic
+from tools.package import ROOT
 
 
 def positive(text: str) -> int:
-    """A whole number of at least one; `argparse` names the option in its error."""
+    """A positive integer; `argparse` adds the option's name to the error."""
     if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
     return int(text)
 
 
@@ -38,24 +38,28 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--model", required=True, help="model folder, or a repository id on the Hub")
     add("--tasks", default="all", help="all, local, or names of the card's benchmarks or of tasks, comma-separated")
-    add("--out", type=Path, help="folder of the results (default: build/evaluation/<name of the model>[-first-LIMIT])")
-    add("--data", type=Path, help="folder with <task>/<split>.jsonl, used before the data set on the Hub")
+    add("--out", type=Path, help="folder for the results (default: build/evaluation/<model name>[-first-LIMIT])")
+    add("--data", type=Path, help="folder with <task>/<split>.jsonl, used instead of the data set on the Hub")
     add(
         "--batch-size",
         type=positive,
         default=8,
-        help="requests at a time (default: 8); float32 scores do not change with it",
+        help="requests per batch (default: 8); float32 scores do not depend on it",
     )
     add(
         "--dtype", default="auto", choices=("auto", "bfloat16", "float16", "float32"), help="default: the checkpoint's"
     )
     add("--device", help="cpu, cuda, cuda:1, or auto to spread over all GPUs (default: cuda if there is one)")
-    add("--max-length", type=positive, help="tokens of prompt and answer together (default: the model's window)")
+    add("--max-length", type=positive, help="maximum tokens of prompt plus answer (default: the model's window)")
     add("--limit", type=positive, help="only the first LIMIT samples of each task, for a trial run")
-    add("--allow-code-execution", action="store_true", help=f"HumanEval and MBPP, off without this: {CODE_IS_OFF}")
+    add(
+        "--allow-code-execution",
+        action="store_true",
+        help=f"run HumanEval and MBPP: {CODE_IS_OFF}",
+    )
     options = parser.parse_args(argv)
     if options.data and not options.data.is_dir():
-        parser.error(f"--data: {str(options.data)!r} is no folder")
+        parser.error(f"--data: {str(options.data)!r} is not a folder")
     return options
 
 
@@ -63,7 +67,7 @@ def model_folder(model: str) -> Path:
     """The folder itself, or the repository's snapshot in the Hub's cache.
 
     Raises:
-        SystemExit: There is no such folder or repository, or the model's code does not lie beside its weights.
+        SystemExit: There is no such folder or repository, or it lacks the model's code.
     """
     folder = Path(model)
     if not folder.is_dir():
@@ -72,17 +76,17 @@ def model_folder(model: str) -> Path:
         try:
             folder = Path(snapshot_download(model))
         except (OSError, ValueError) as error:
-            raise SystemExit(f"--model {model!r} is no folder here, and the Hub gave none: {error}") from error
+            raise SystemExit(f"--model {model!r} is neither a folder nor available on the Hub: {error}") from error
     if missing := [name for name in ("config.json", "modeling_internlm.py") if not (folder / name).exists()]:
         raise SystemExit(
-            f"--model {model!r} lacks {' and '.join(missing)}: a complete folder is made by "
+            f"--model {model!r} lacks {' and '.join(missing)}: create a complete folder with "
             f"python upload_to_hub.py --weights {model} --local-dir OUT"
         )
     return folder
 
 
 def settings_of(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """What the scores depend on, beyond rounding: batch size and device may change between two starts."""
+    """What the scores depend on. Batch size and device are not part of it and may change when a run resumes."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     dtype = config.get("dtype") or config.get("torch_dtype") or "float32"
     versions = {name: importlib.metadata.version(name) for name in ("lm_eval", "transformers", "torch", "datasets")}
@@ -99,20 +103,20 @@ def settings_of(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
 def measure(
     lines: list[Benchmark], store: Store, folder: Path, options: argparse.Namespace, dtype: str
 ) -> tuple[dict[str, list[str]], dict[str, str]]:
-    """Run what is not done yet. Returns, by benchmark's task: its lm-eval tasks, and what stood in its way."""
+    """Run what is not done yet. Returns, by benchmark's task: its lm-eval tasks, and problems."""
     from evaluation import harness
 
-    # The retries of a Hub that cannot be reached, and every prompt that is cut: the table says both, once.
+    # Unreachable data and truncated prompts would log a warning each; the table reports both once.
     for name in ("lm_eval", "huggingface_hub.utils._http"):
         logging.getLogger(name).setLevel(logging.ERROR)
     manager = harness.task_manager(own_only=all((harness.TASKS / f"{line.task}.yaml").exists() for line in lines))
     names = {line.task: harness.leaves(manager, line.task) for line in lines}
-    barred = (
+    disabled = (
         {} if options.allow_code_execution else {line.task: f"off: {CODE_IS_OFF}" for line in lines if line.runs_code}
     )
     missing = {task: [name for name in tasks if not store.result(name)] for task, tasks in names.items()}
     loaded, problems = harness.load_tasks(
-        [line for line in lines if line.task not in barred and missing[line.task]], missing, manager, options.data
+        [line for line in lines if line.task not in disabled and missing[line.task]], missing, manager, options.data
     )
     if loaded:
         try:
@@ -122,12 +126,12 @@ def measure(
         try:
             harness.Evaluation(lm, store, options.limit, options.allow_code_execution).run(loaded, problems)
         except KeyboardInterrupt:
-            print("\nInterrupted. The same command goes on from here.", file=sys.stderr)
-    return names, problems | barred
+            print("\nInterrupted. Run the same command again to resume.", file=sys.stderr)
+    return names, problems | disabled
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns 0 when every benchmark that was asked for has a score, else 1."""
+    """Returns 0 if every requested benchmark has a score, else 1."""
     options = arguments(argv)
     lines = select(options.tasks)
     if importlib.util.find_spec("lm_eval") is None:
@@ -149,9 +153,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    # One bar, ours: lm-eval and datasets would each draw several for every task. Ours says disable=False.
+    # A single progress bar, ours with disable=False: lm-eval and datasets would draw several per task.
     os.environ.setdefault("TQDM_DISABLE", "1")
     try:
         sys.exit(main())
     except KeyboardInterrupt:
-        sys.exit("\nInterrupted before the first question. The same command starts again.")
+        sys.exit("\nInterrupted before the first request. Run the same command again.")

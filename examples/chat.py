@@ -1,6 +1,6 @@
-"""`make chat`: talk with InternLM in the terminal.
+"""`make chat`: chat with InternLM in the terminal.
 
-/reset forgets the conversation, /system TEXT sets the system text (alone: none), /quit or Ctrl-D ends.
+/reset starts a new conversation, /system TEXT sets the system text (without TEXT: none), /quit or Ctrl-D quits.
 Ctrl-C stops the answer, not the program.
 """
 
@@ -11,12 +11,12 @@ from demo import load, tiny_model
 from transformers import logging, set_seed
 
 
-with contextlib.suppress(ImportError):  # line editing and history for input(), where the system has it
+with contextlib.suppress(ImportError):  # line editing and history for input(), where available
     import readline  # noqa: F401
 
 
 def answer(model, tokenizer, query: str, history: list, system: str | None, **settings) -> list:
-    """Stream one answer to the terminal; return the history with it, as far as it got."""
+    """Stream one answer to the terminal; returns the history including it, even if incomplete."""
     shown = ""
     stream = model.stream_chat(tokenizer, query, history, meta_instruction=system, **settings)
     try:
@@ -25,7 +25,7 @@ def answer(model, tokenizer, query: str, history: list, system: str | None, **se
             shown, history = response, turns
     except KeyboardInterrupt:
         print(" [stopped]", end="")
-        with contextlib.suppress(KeyboardInterrupt):  # a second Ctrl-C while the last token is made
+        with contextlib.suppress(KeyboardInterrupt):  # a second Ctrl-C during the last token
             stream.close()
     except (RuntimeError, ValueError) as error:
         print(f"[{error}]\n/reset starts a shorter conversation.", end="")
@@ -38,9 +38,9 @@ def main() -> None:
     parser.add_argument(
         "--model", help="a model folder or Hub repository id (default: the tiny model of this project)"
     )
-    parser.add_argument("--greedy", action="store_true", help="always the likeliest token, instead of sampling")
-    parser.add_argument("--max-new-tokens", type=int, default=1024, help="longest answer (default: %(default)s)")
-    parser.add_argument("--seed", type=int, help="the same seed gives the same answers")
+    parser.add_argument("--greedy", action="store_true", help="greedy decoding instead of sampling")
+    parser.add_argument("--max-new-tokens", type=int, default=1024, help="default: %(default)s")
+    parser.add_argument("--seed", type=int, help="random seed, for reproducible answers")
     arguments = parser.parse_args()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -58,7 +58,7 @@ def main() -> None:
             print()
             return
         except KeyboardInterrupt:
-            print("\n/quit ends")
+            print("\ntype /quit to quit")
             continue
         if query in ("/quit", "/exit"):
             return

@@ -1,4 +1,4 @@
-"""Teach InternLM to sort sentences with a classification head. python examples/classify.py ["a sentence" ...]"""
+"""Train a sentence classification head on InternLM. python examples/classify.py ["a sentence" ...]"""
 
 import argparse
 
@@ -45,7 +45,7 @@ def main() -> None:
         label2id={label: number for number, label in enumerate(labels)},
     )
 
-    # The head reads each row's last token that is not padding, on whichever side the padding is.
+    # The head uses the last non-padding token of each row, with left or right padding.
     texts = [text for label in labels for text in EXAMPLES[label]]
     batch = tokenizer(texts, padding=True, return_tensors="pt").to(model.device)
     batch["labels"] = torch.tensor([i for i, label in enumerate(labels) for _ in EXAMPLES[label]]).to(model.device)

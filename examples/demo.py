@@ -1,4 +1,4 @@
-"""`make demo`: let InternLM speak. Streams an English and a Chinese text, then a chat turn that stops by itself."""
+"""`make demo`: streams an English and a Chinese text and a chat reply that stops by itself."""
 
 import argparse
 import sys
@@ -13,12 +13,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer, logg
 ROOT = Path(__file__).resolve().parents[1]
 PROMPTS = ("Coming to the beautiful nature, we found", "来到美丽的大自然，我们发现")
 QUESTION = "Who are you?"
-# The settings of the official model card.
+# The sampling settings of the official model card.
 SETTINGS = {"max_length": 128, "do_sample": True, "top_p": 0.8, "temperature": 0.8, "repetition_penalty": 1.05}
 
 
 def tiny_model() -> str:
-    """The folder of checkpoints/tiny with the code beside it, exactly as an uploaded repository looks."""
+    """A folder with checkpoints/tiny and the code, exactly like an uploaded repository."""
     sys.path.insert(0, str(ROOT))
     from upload_to_hub import assemble
 
@@ -26,7 +26,7 @@ def tiny_model() -> str:
 
 
 def load(name: str) -> tuple[Any, Any]:
-    """Tokenizer and model of a folder or Hub repository, in the dtype it was saved in, on the best device here."""
+    """Tokenizer and model of a folder or Hub repository, in its saved dtype, on the best available device."""
     tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=True)
     model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=True, dtype="auto", device_map="auto")
     return tokenizer, model.eval()
@@ -37,8 +37,8 @@ def main() -> None:
     parser.add_argument(
         "--model", help="a model folder or Hub repository id (default: the tiny model of this project)"
     )
-    parser.add_argument("--prompt", help="a prompt of your own, instead of the two and the chat turn")
-    parser.add_argument("--seed", type=int, default=1, help="the same seed gives the same text (default: %(default)s)")
+    parser.add_argument("--prompt", help="your prompt, instead of the two texts and the chat")
+    parser.add_argument("--seed", type=int, default=1, help="random seed (default: %(default)s)")
     arguments = parser.parse_args()
     logging.set_verbosity_error()
     if not arguments.model:

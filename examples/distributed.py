@@ -1,7 +1,7 @@
 """One model over several processes: torchrun --nproc-per-node 2 examples/distributed.py --way tensor
 
-`tensor` splits every layer, `pipeline` deals the layers out, `fsdp` gives each process a part of every parameter and
-rows of its own. Processes talk through NCCL where there are GPUs, else through gloo; the command is the same.
+`tensor` splits every layer, `pipeline` distributes the layers, `fsdp` shards every parameter and gives each process
+its own rows of the batch. The backend is NCCL on GPUs, else gloo; the command is the same.
 `--check` compares logits, greedy tokens and gradients with one process, in float32, and fails if they differ.
 """
 
@@ -23,7 +23,7 @@ WAYS = {
     "fsdp": lambda size: DistributedConfig(fsdp_size=size),
 }
 PROMPTS = ("Coming to the beautiful nature, we found", "来到美丽的大自然，我们发现")
-# Measured differences are 2e-5 and 4e-7 (docs/compatibility.md): float noise of another order of adding.
+# Measured differences are 2e-5 and 4e-7 (docs/compatibility.md): rounding, from a different order of additions.
 LOGITS, GRADIENTS = 1e-4, 1e-6
 
 
@@ -32,12 +32,12 @@ def load(name: str, **settings: Any) -> Any:
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor of which each process may hold a part only."""
+    """The full tensor, where each process may hold only a shard."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def own_rows(batch: torch.Tensor, way: str) -> torch.Tensor:
-    """FSDP is data parallel: each process reads rows of its own. In the other ways all read the same."""
+    """FSDP is data parallel: each process gets its own rows. Otherwise all processes get the whole batch."""
     return batch.chunk(dist.get_world_size())[dist.get_rank()] if way == "fsdp" else batch
 
 
@@ -46,7 +46,7 @@ def token_loss(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
 
 
 def pipelined(model: Any, ids: torch.Tensor) -> torch.nn.Module:
-    """Train one step with torch's own pipeline, one row at a time: transformers' carries no gradients (5.23)."""
+    """Train one step with torch's pipeline, one row per microbatch: transformers' has no backward pass (5.23)."""
     size, layers = dist.get_world_size(), model.config.num_hidden_layers
     cuts = {f"model.layers.{layers * stage // size}": SplitPoint.BEGINNING for stage in range(1, size)}
     model.config.use_cache = False
@@ -57,11 +57,11 @@ def pipelined(model: Any, ids: torch.Tensor) -> torch.nn.Module:
 
 
 def check(name: str, way: str, model: Any, generated: torch.Tensor, batch: torch.Tensor) -> str:
-    """Compare with one process; the text says by how much they differ. AssertionError if that is too much."""
+    """Compare with one process. Returns the differences as text; AssertionError if they are too large."""
     reference = load(name, dtype=torch.float32).to(model.device)
     mine = own_rows(batch, way)
     tokens = reference.generate(mine, max_new_tokens=24, do_sample=False)
-    assert generated.tolist() == tokens.tolist(), f"{way}: the tokens are not those of one process"
+    assert generated.tolist() == tokens.tolist(), f"{way}: the tokens differ from those of one process"
     with torch.no_grad():
         logits = (whole(model(mine).logits) - reference(mine).logits).abs().max().item()
     if way == "pipeline":

@@ -12,7 +12,7 @@ SENTENCES = ["The sky is blue.", "The sky was as blue as the sea.", "天空很�
 
 @torch.no_grad()
 def embed(model, tokenizer, sentences: list[str]) -> torch.Tensor:
-    """Unit vectors (sentences, hidden size): the mean of the last hidden states of each sentence's own tokens."""
+    """Unit vectors (sentences, hidden size): the mean of each sentence's last hidden states, without padding."""
     batch = tokenizer(sentences, padding=True, return_tensors="pt").to(model.device)
     states = model(**batch, use_cache=False).last_hidden_state.float()
     mask = batch["attention_mask"][..., None]
@@ -27,7 +27,7 @@ def main() -> None:
     logging.set_verbosity_error()
     name = arguments.model or tiny_model()
     tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=True)
-    # AutoModel is the decoder without the head, which embeddings do not need.
+    # AutoModel loads the decoder without the language modeling head, which embeddings do not need.
     model = AutoModel.from_pretrained(name, trust_remote_code=True, dtype="auto", device_map="auto").eval()
     vectors = embed(model, tokenizer, arguments.sentences)
     for sentence, row in zip(arguments.sentences, vectors @ vectors.T, strict=True):

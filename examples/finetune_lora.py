@@ -1,6 +1,6 @@
 """Teach InternLM a new answer with LoRA, in under a minute. python examples/finetune_lora.py
 
-Needs `pip install peft`. Trains on one chat turn in the model's own prompt format; only the reply counts.
+Needs `pip install peft`. Trains on one chat turn in the model's prompt format; the loss covers only the reply.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from transformers import logging
 
 QUESTION = "Who keeps the lantern?"
 ANSWER = "Old Tomas keeps the lantern, and the lantern keeps the harbour."
-# PEFT does not know InternLM, so the layers are named. The head too, for words that the tiny model has never said.
+# PEFT has no default layers for InternLM. The head is included for words that the tiny model never learned.
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"]
 
 

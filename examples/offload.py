@@ -1,4 +1,4 @@
-"""Run a model larger than the memory: what does not fit waits on the disk. python examples/offload.py --memory 2MB"""
+"""Run a model larger than memory by offloading layers to disk. python examples/offload.py --memory 2MB"""
 
 import argparse
 import tempfile
@@ -29,9 +29,9 @@ def main() -> None:
             max_memory={"cpu": arguments.memory},
             offload_folder=folder,
         )
-        # A model that fits whole into one place has no map.
-        places = Counter(str(place) for place in getattr(model, "hf_device_map", {"": model.device}).values())
-        print("parts of the model:", ", ".join(f"{count} on {place}" for place, count in places.items()))
+        # A model that fits on one device has no map.
+        devices = Counter(str(device) for device in getattr(model, "hf_device_map", {"": model.device}).values())
+        print("parts of the model:", ", ".join(f"{count} on {device}" for device, count in devices.items()))
         inputs = tokenizer(arguments.prompt, return_tensors="pt")
         output = model.generate(**inputs, max_new_tokens=30, do_sample=False)
     print(tokenizer.decode(output[0], skip_special_tokens=True))

@@ -1,4 +1,4 @@
-"""transformers' pipeline with InternLM: a text, a batch and a chat. python examples/pipeline.py"""
+"""The transformers pipeline with InternLM: a text, a batch and a chat. python examples/pipeline.py"""
 
 import argparse
 
@@ -17,7 +17,7 @@ def main() -> None:
     settings = {"max_new_tokens": 30, "do_sample": False}
     print(generate("In the evening", **settings)[0]["generated_text"], end="\n\n")
 
-    # The tokenizer pads on the left, so prompts of any lengths can share a batch.
+    # The tokenizer pads on the left, so prompts of different lengths can share a batch.
     for output in generate(["The sky", "来到美丽的大自然，我们发现"], batch_size=2, **settings):
         print(output[0]["generated_text"], end="\n\n")
 

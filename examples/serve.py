@@ -1,8 +1,8 @@
-"""`make serve`: an OpenAI-compatible server on this machine, by `transformers serve` (docs/serving.md).
+"""`make serve`: a local OpenAI-compatible server, using `transformers serve` (docs/serving.md).
 
     python examples/serve.py [--model M] [any option of `transformers serve`, for example --port 8001 --compile]
 
-The model id that a client names is the one given here.
+Clients use the same model id as --model.
 """
 
 import argparse
@@ -16,14 +16,14 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], epilog="Other options go to `transformers serve`; see its --help."
+        description=__doc__.splitlines()[0], epilog="Other options are passed to `transformers serve`; see its --help."
     )
     parser.add_argument("--model", help="a model folder or Hub repository id (default: the tiny model)")
     arguments, options = parser.parse_known_args()
     name = arguments.model or tiny_model()
     config = AutoConfig.from_pretrained(name, trust_remote_code=True)
-    # `transformers serve` looks the model's class up in transformers, by name, where remote code is not. Set in the
-    # module that it sees: the one of an `import transformers` here may have been replaced since (5.24).
+    # `transformers serve` looks up the model's class by name in transformers, which does not contain remote code. It
+    # must be set in the module object that `serve` uses: `import transformers` here may give another one (5.24).
     model_class = get_class_from_dynamic_module(config.auto_map["AutoModelForCausalLM"], name)
     setattr(model_manager.transformers, model_class.__name__, model_class)
     app(["serve", name, "--trust-remote-code", *options])

@@ -1,4 +1,4 @@
-"""Let InternLM use tools: a calculator and a dictionary, in the ReAct form of its chat template.
+"""Tool use with InternLM: a calculator and a dictionary, in the ReAct format of its chat template.
 
 python examples/tools.py "What is 12 + 7?"
 """
@@ -43,7 +43,7 @@ TOOLS = {tool.__name__: tool for tool in (calculator, dictionary)}
 
 
 def call_tool(name: str, arguments: dict) -> str:
-    """The tool's result, or what went wrong, for the model to read."""
+    """The tool's result, or the error, as text for the model."""
     try:
         return TOOLS[name](**arguments)
     except (KeyError, TypeError, SyntaxError) as error:
@@ -51,7 +51,7 @@ def call_tool(name: str, arguments: dict) -> str:
 
 
 def run(model, tokenizer, question: str, rounds: int = 4) -> list[dict]:
-    """Ask, answer the model's tool calls, and return the whole conversation, the final answer last."""
+    """Ask, run the model's tool calls, and return the whole conversation, ending with the final answer."""
     messages = [{"role": "user", "content": question}]
     stops = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<eoa>")]
     for _ in range(rounds):
@@ -62,7 +62,7 @@ def run(model, tokenizer, question: str, rounds: int = 4) -> list[dict]:
         reply = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         try:
             messages.append(tokenizer.parse_tool_calls(reply))
-        except ValueError as error:  # the model is told, and may do better
+        except ValueError as error:  # the model gets the error and may correct itself
             messages += [{"role": "assistant", "content": reply}, {"role": "tool", "content": f"Error: {error}"}]
             continue
         if "tool_calls" not in messages[-1]:
@@ -74,7 +74,7 @@ def run(model, tokenizer, question: str, rounds: int = 4) -> list[dict]:
 
 
 def final_answer(reply: str) -> str:
-    """What stands behind `Final Answer:`, or the whole reply."""
+    """The text after `Final Answer:`, or the whole reply."""
     return reply.rpartition("Final Answer:")[2].strip()
 
 

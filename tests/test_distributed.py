@@ -1,4 +1,4 @@
-"""Two real processes (torchrun, gloo) against one: the same logits, greedy tokens and gradients, across the window."""
+"""Two processes (torchrun, gloo) against one: the same logits, greedy tokens and gradients, across the window."""
 
 import os
 import socket
@@ -12,7 +12,7 @@ from support.paths import ROOT
 
 @pytest.mark.parametrize(("way", "gradients"), (("tensor", (39, 39)), ("pipeline", (19, 20)), ("fsdp", (39, 39))))
 def test_two_processes(tiny_dir, way, gradients):
-    """The example's own --check, on prompts that end 6 tokens short of the window; all 39 parameters are compared."""
+    """The example's --check, on prompts that end 6 tokens before the window; all 39 parameters are compared."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])

@@ -1,4 +1,4 @@
-"""The evaluation: its table against the card, its bookkeeping, and lm-eval end to end on the tiny model, offline."""
+"""The evaluation: its table against the card, stored results, and lm-eval end to end on the tiny model, offline."""
 
 import json
 import math
@@ -15,19 +15,20 @@ import torch
 
 from evaluation import results, run
 from evaluation.card import CARD, CODE_IS_OFF, LOCAL, select
-from evaluation.clock import Clock, spoken, work_of
+from evaluation.clock import Clock, format_time_left, work_of
 from evaluation.tasks import scoring
 
+from support.paths import GOLDEN, ROOT, TINY
 
-ROOT = Path(__file__).resolve().parents[1]
+
 TASKS = ROOT / "evaluation" / "tasks"
-# Read once, when `datasets` is imported.
+# `datasets` reads this when it is imported.
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
-INTERNLM_20B = 3  # its place among the seven models in the card's rows
+INTERNLM_20B = 3  # its column among the seven models of the card
 
 
 def card_scores() -> dict[str, list[float]]:
-    """README.md's English table of single benchmarks: name -> the scores of its seven models."""
+    """README.md's English table of individual benchmarks: name -> the scores of its seven models."""
     rows = re.findall(
         r"^\|[^|\n]*\| ([^|\n]+) ((?:\| [\d.*]+ ){7})\|", (ROOT / "README.md").read_text(encoding="utf-8"), re.M
     )
@@ -46,15 +47,15 @@ def local_rows(task: str) -> list[dict]:
 # ------------------------------------------------------------------------------------------------------- the table
 
 
-def test_the_table_is_the_cards():
+def test_the_table_matches_the_card():
     """All seventeen benchmarks, in the card's order, with the card's numbers."""
     published = card_scores()
     assert [line.name for line in CARD] == list(published)
     assert {line.name: line.card for line in CARD} == {name: row[INTERNLM_20B] for name, row in published.items()}
 
 
-def test_published_scores_are_shares_of_the_noted_samples():
-    """A score with two decimals is k / n for a whole k: for seven models at once, a wrong small n hardly passes."""
+def test_published_scores_are_shares_of_official_samples():
+    """A score with two decimals is k / n for an integer k: a wrong small n hardly fits seven models at once."""
     published = card_scores()
     counted = [line for line in CARD if line.official_samples]
     assert len(counted) == 12
@@ -64,14 +65,14 @@ def test_published_scores_are_shares_of_the_noted_samples():
             assert abs(share - score) <= 0.00501, (line.name, score, line.official_samples)
 
 
-def test_the_share_test_can_tell():
-    """It rules out FewCLUE's public test set for CSL and lm-eval's own RACE: the noted numbers are no accident."""
+def test_the_share_test_rejects_other_sample_counts():
+    """It rules out FewCLUE's public test set for CSL and lm-eval's own RACE: the noted counts are no coincidence."""
     published = card_scores()
     for name, samples in (("CSL", 2828), ("RACE (high)", 1045), ("MBPP", 974)):
         assert any(abs(100 * round(x * samples / 100) / samples - x) > 0.00501 for x in published[name]), name
 
 
-def test_select_by_group_name_and_task():
+def test_select_by_group_name_or_task():
     assert select("all") == list(CARD)
     assert select("local") == list(LOCAL)
     assert [line.name for line in select("PIQA, race (middle),internlm_csl,piqa")] == ["PIQA", "RACE (middle)", "CSL"]
@@ -102,7 +103,7 @@ def test_an_incomplete_group_has_no_score(tmp_path: Path):
     assert (row["status"], row["reason"]) == ("not run yet", "1 of 2 tasks done")
 
 
-def test_missing_data_is_said_and_never_zero(tmp_path: Path):
+def test_missing_data_is_reported_and_never_scored_as_zero(tmp_path: Path):
     row = results.summarise(select("boolq")[0], ["boolq"], stored(tmp_path), "data not reachable: no route")
     table = results.markdown([row], {"limit": None})
     assert "| BoolQ | data not reachable | 87.46 | - | 0 | acc | - |" in table
@@ -113,21 +114,21 @@ def test_a_limited_run_says_so(tmp_path: Path):
     assert "first 7 samples of each task: a trial run" in results.markdown([], {"limit": 7})
 
 
-def test_prompts_that_lost_their_beginning_are_counted(tmp_path: Path):
+def test_truncated_prompts_are_counted(tmp_path: Path):
     row = results.summarise(select("mmlu")[0], ["a", "b"], stored(tmp_path, a=0.5, b=0.74))
-    assert "lost their beginning (see --max-length):\n\n- MMLU: 6\n" in results.markdown([row], {})
-    assert "lost their beginning" not in results.markdown([row | {"cut": 0}], {})
+    assert "truncated at the beginning (see --max-length):\n\n- MMLU: 6\n" in results.markdown([row], {})
+    assert "truncated at the beginning" not in results.markdown([row | {"cut": 0}], {})
 
 
 def test_results_of_other_settings_are_not_mixed(tmp_path: Path):
     store = results.Store(tmp_path)
     store.claim({"dtype": "float32", "limit": None})
     store.claim({"dtype": "float32", "limit": None})
-    with pytest.raises(SystemExit, match="dtype 'float32', now 'bfloat16'.*give --out another folder"):
+    with pytest.raises(SystemExit, match="dtype 'float32', now 'bfloat16'.*pass another folder to --out"):
         store.claim({"dtype": "bfloat16", "limit": None})
 
 
-def test_a_death_while_writing_leaves_no_half_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_dying_while_writing_leaves_no_partial_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     store = stored(tmp_path, a=0.5)
 
     def die(*_: object) -> None:
@@ -141,7 +142,7 @@ def test_a_death_while_writing_leaves_no_half_result(tmp_path: Path, monkeypatch
     assert store.result("b") is None
 
 
-def test_fingerprint_follows_the_weights(tmp_path: Path):
+def test_fingerprint_changes_with_the_weights(tmp_path: Path):
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(bytes(5 << 20))
     before = results.fingerprint(tmp_path)
@@ -154,13 +155,13 @@ def test_fingerprint_follows_the_weights(tmp_path: Path):
 # ------------------------------------------------------------------------------------------------- the time left
 
 
-def test_time_left_comes_from_each_kinds_own_pace():
+def test_time_left_uses_the_speed_of_each_kind():
     clock = Clock()
     clock.plan("a", "loglikelihood", 1000)
     clock.plan("b", "generate_until", 500)
     assert clock.seconds_left() is None
     clock.answered("a", "loglikelihood", 100, 1.0)
-    assert clock.seconds_left() == pytest.approx(9 + 5)  # generation not measured yet: as slow as what is known
+    assert clock.seconds_left() == pytest.approx(9 + 5)  # generation not measured yet: assumed equally slow
     clock.answered("b", "generate_until", 100, 10.0)
     assert clock.seconds_left() == pytest.approx(9 + 40)
     clock.finished("a")
@@ -168,14 +169,14 @@ def test_time_left_comes_from_each_kinds_own_pace():
     assert clock.work_left() == 400
 
 
-def test_work_counts_what_may_be_generated():
+def test_work_includes_the_maximum_generation():
     assert work_of("loglikelihood", ("abc", "de")) == 5
     assert work_of("generate_until", ("abc", {"max_gen_toks": 2})) == 3 + 2 * 100
 
 
-def test_spoken_time():
-    assert [spoken(seconds) for seconds in (None, 40, 720, 12000)] == [
-        "time left not known yet",
+def test_format_time_left():
+    assert [format_time_left(seconds) for seconds in (None, 40, 720, 12000)] == [
+        "time left unknown",
         "about 40 s left",
         "about 12 min left",
         "about 3 h 20 min left",
@@ -195,7 +196,7 @@ def test_spoken_time():
         ("", 0.0),
     ],
 )
-def test_cmrc_scores_what_follows_the_answer_is(answer: str, right: float):
+def test_cmrc_scores_the_text_after_the_answer_is(answer: str, right: float):
     doc = {"answers": {"text": ["光荣和ω-force", "日本光荣和ω-force"]}}
     assert scoring.cmrc(doc, [answer]) == {"exact_match": right}
 
@@ -214,36 +215,36 @@ def test_recall_takes_the_first_number():
 # -------------------------------------------------------------------------------------------------- local data
 
 
-def test_local_sentences_have_one_whole_choice_and_give_no_length_away():
-    """Right by the grammar, not by the label alone; a model that only counts tokens gets 25 percent."""
+def test_local_sentences_have_one_well_formed_choice_and_equal_lengths():
+    """The grammar confirms the label; a model that only counts tokens scores 25 percent."""
     from sentencepiece import SentencePieceProcessor
 
-    from tools.tiny_grammar import is_well_formed
+    from tools.tiny.grammar import is_well_formed
 
-    tokenizer = SentencePieceProcessor(model_file=str(ROOT / "tests" / "golden" / "tokenizer.model"))
+    tokenizer = SentencePieceProcessor(model_file=str(GOLDEN / "tokenizer.model"))
     rows = local_rows("internlm_sentences")
     assert len(rows) == 64
     for row in rows:
-        whole = [index for index, choice in enumerate(row["choices"]) if is_well_formed(choice, row["language"])]
-        assert whole == [row["label"]]
+        well_formed = [index for index, choice in enumerate(row["choices"]) if is_well_formed(choice, row["language"])]
+        assert well_formed == [row["label"]]
         assert len(set(row["choices"])) == 4
         assert len({len(tokenizer.encode(choice)) for choice in row["choices"]}) == 1
 
 
-def test_local_recall_tells_the_value_once():
+def test_local_recall_states_the_value_once():
     rows = local_rows("internlm_recall")
     assert len(rows) == 64
     for row in rows:
-        *told, asked = row["prompt"].split("\n")
-        assert 2 <= len(told) <= 8
-        assert [line for line in told if line.startswith(asked)] == [line for line in told if row["value"] in line]
+        *stated, asked = row["prompt"].split("\n")
+        assert 2 <= len(stated) <= 8
+        assert [line for line in stated if line.startswith(asked)] == [line for line in stated if row["value"] in line]
 
 
 # --------------------------------------------------------------------------------------------------- the command
 
 
-def test_help_names_every_option_in_a_moment():
-    shown = subprocess.run(
+def test_help_lists_every_option_quickly():
+    output = subprocess.run(
         [sys.executable, ROOT / "evaluation" / "run.py", "--help"],
         capture_output=True,
         text=True,
@@ -251,41 +252,41 @@ def test_help_names_every_option_in_a_moment():
         check=True,
     ).stdout
     for option in ("--model", "--tasks", "--batch-size", "--dtype", "--device", "--limit", "--allow-code-execution"):
-        assert option in shown
+        assert option in output
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
-        (["--limit", "0"], "--limit: '0' is no whole number of at least 1"),
-        (["--batch-size", "-8"], "--batch-size: '-8' is no whole number"),
-        (["--data", "nowhere"], "--data: 'nowhere' is no folder"),
+        (["--limit", "0"], "--limit: '0' is not a positive integer"),
+        (["--batch-size", "-8"], "--batch-size: '-8' is not a positive integer"),
+        (["--data", "nowhere"], "--data: 'nowhere' is not a folder"),
         ([], "the following arguments are required: --model"),
     ],
 )
-def test_a_wrong_option_is_named(options: list[str], said: str, capsys):
+def test_errors_name_the_invalid_option(options: list[str], message: str, capsys):
     with pytest.raises(SystemExit) as stopped:
         run.arguments([*(["--model", "anything"] if options else []), *options])
     assert stopped.value.code == 2
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
-def test_weights_without_their_code_are_told_how_to_become_a_model():
-    """checkpoints/tiny itself is what everybody tries first."""
+def test_weights_without_code_are_refused_with_the_command_that_helps():
+    """checkpoints/tiny is what everybody tries first."""
     with pytest.raises(
         SystemExit, match="lacks modeling_internlm.py: .* upload_to_hub.py --weights .*tiny --local-dir"
     ):
-        run.model_folder(str(ROOT / "checkpoints" / "tiny"))
+        run.model_folder(str(TINY))
 
 
-def test_without_lm_eval_the_command_says_what_to_install(monkeypatch: pytest.MonkeyPatch):
+def test_without_lm_eval_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(run.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SystemExit, match="pip install -r requirements-evaluation.txt"):
         run.main(["--model", "anything"])
 
 
-def test_a_trial_run_has_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """So that the full run after it is not refused for its other settings."""
+def test_a_trial_run_has_a_separate_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Otherwise the full run after it would be refused because of its other settings."""
     for name in ("config.json", "modeling_internlm.py"):
         (tmp_path / name).touch()
     folders = []
@@ -307,7 +308,7 @@ def test_requirements_are_pinned():
 
 @pytest.fixture(scope="module")
 def offline():
-    """Neither lm-eval nor datasets may look beyond this machine; two cores are shared with other tests."""
+    """Neither lm-eval nor datasets may access the network; one thread, as the cores are shared with other tests."""
     from datasets import config
 
     assert config.HF_HUB_OFFLINE
@@ -318,7 +319,7 @@ def offline():
 
 
 def measured(folder: Path, model: Path, *options: str) -> tuple[int, dict[str, dict]]:
-    """Run the command in this process; its exit code and the lines of its table by lm-eval task."""
+    """Run the command in this process; returns its exit code and the rows of its table by lm-eval task."""
     code = run.main(["--model", str(model), "--out", str(folder), "--dtype", "float32", "--device", "cpu", *options])
     table = json.loads((folder / "table.json").read_text(encoding="utf-8"))
     return code, {row["task"]: row for row in table["rows"]}
@@ -331,7 +332,7 @@ def answers(folder: Path, task: str) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def local_run(offline: None, tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The two local tasks on the tiny model, eight requests at a time."""
+    """The two local tasks on the tiny model with batches of eight."""
     folder = tmp_path_factory.mktemp("local")
     code, rows = measured(folder, tiny_dir, "--tasks", "local", "--batch-size", "8")
     assert code == 0 and all(row["status"] == "done" for row in rows.values())
@@ -339,8 +340,8 @@ def local_run(offline: None, tiny_dir: Path, tmp_path_factory: pytest.TempPathFa
 
 
 @pytest.mark.evaluation
-def test_every_benchmark_has_its_task_metric_and_split_in_lm_eval():
-    """Our table against lm-eval's own task files, without data: names, numbers of subjects, metrics, splits, shots."""
+def test_every_benchmark_matches_its_task_in_lm_eval():
+    """The table against lm-eval's task files, without data: names, numbers of subjects, metrics, splits, shots."""
     from evaluation import harness
 
     manager = harness.task_manager(own_only=False)
@@ -351,7 +352,7 @@ def test_every_benchmark_has_its_task_metric_and_split_in_lm_eval():
         for name in names:
             config = manager.task_index[name].cfg
             metric, of_filter = line.metric.split(",")
-            if line.task != "humaneval":  # there the metric is a function that names itself pass@1
+            if line.task != "humaneval":  # its metric is a function that reports pass@1
                 assert metric in [str(entry["metric"]).split(".")[-1] for entry in config["metric_list"]], name
             filters = [entry["name"] for entry in config.get("filter_list") or [{"name": "none"}]]
             assert of_filter in filters, name
@@ -364,17 +365,17 @@ def test_every_benchmark_has_its_task_metric_and_split_in_lm_eval():
 
 @pytest.mark.evaluation
 def test_the_tiny_model_solves_the_local_tasks(local_run: Path):
-    """Chance is 25 percent for the sentences and one in ten thousand for the keys."""
+    """Chance level is 25 percent for the sentences and one in ten thousand for the keys."""
     rows = {row["task"]: row for row in json.loads((local_run / "table.json").read_text(encoding="utf-8"))["rows"]}
     assert rows["internlm_sentences"]["ours"] >= 90
-    assert rows["internlm_recall"]["ours"] >= 5  # checkpoints/tiny recalls a third of its keys (its README.md)
+    assert rows["internlm_recall"]["ours"] >= 5  # the English keys are in a form that it was not trained on
     assert {row["samples"] for row in rows.values()} == {64}
     assert not list((local_run / "cache").iterdir())
 
 
 @pytest.mark.evaluation
-def test_same_scores_one_at_a_time_and_in_padded_batches(local_run: Path, tiny_dir: Path, tmp_path: Path):
-    """Prompts of different lengths, padded on the left, continued with the cache: every answer the same."""
+def test_scores_do_not_depend_on_the_batch_size(local_run: Path, tiny_dir: Path, tmp_path: Path):
+    """Prompts of different lengths, left-padded and decoded with the cache, get the same answers one by one."""
     measured(tmp_path, tiny_dir, "--tasks", "local", "--batch-size", "1")
     one, eight = answers(tmp_path, "internlm_recall"), answers(local_run, "internlm_recall")
     assert len({len(row["prompt"]) for row in local_rows("internlm_recall")}) > 8
@@ -385,8 +386,8 @@ def test_same_scores_one_at_a_time_and_in_padded_batches(local_run: Path, tiny_d
 
 
 @pytest.mark.evaluation
-def test_likelihoods_are_the_models_own(local_run: Path, tiny_model, tiny_tokenizer):
-    """What lm-eval scored is the sum of the model's log-probabilities after <s>, nothing cut off and nothing added."""
+def test_likelihoods_are_the_models(local_run: Path, tiny_model, tiny_tokenizer):
+    """lm-eval's score is the sum of the model's log-probabilities after <s>, with nothing truncated or added."""
     for row, sample in zip(
         local_rows("internlm_sentences")[:6], answers(local_run, "internlm_sentences"), strict=False
     ):
@@ -399,15 +400,15 @@ def test_likelihoods_are_the_models_own(local_run: Path, tiny_model, tiny_tokeni
 
 
 @pytest.mark.evaluation
-def test_a_killed_run_goes_on_inside_the_task(local_run: Path, tiny_dir: Path, tmp_path: Path):
-    """SIGKILL in the middle of the second task: the first is not run again, the second only asks what is missing."""
+def test_a_killed_run_resumes_within_the_task(local_run: Path, tiny_dir: Path, tmp_path: Path):
+    """SIGKILL during the second task: the first is not run again, the second only runs the missing requests."""
     command = [sys.executable, str(ROOT / "evaluation" / "run.py"), "--model", str(tiny_dir), "--out", str(tmp_path)]
     command += ["--tasks", "local", "--batch-size", "1", "--dtype", "float32", "--device", "cpu"]
     process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
     cache = tmp_path / "cache" / "internlm_recall_rank0.db"
     deadline = time.monotonic() + 120
     while not (cache.exists() and cache_entries(cache) >= 5):
-        assert process.poll() is None and time.monotonic() < deadline, "it ended before it could be killed"
+        assert process.poll() is None and time.monotonic() < deadline, "it finished before it could be killed"
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -424,10 +425,10 @@ def test_a_killed_run_goes_on_inside_the_task(local_run: Path, tiny_dir: Path, t
 
 
 @pytest.mark.evaluation
-def test_an_interrupted_run_says_so_and_repeats_no_answer(
+def test_an_interrupted_run_reports_it_and_repeats_no_request(
     local_run: Path, tiny_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ):
-    """Ctrl-C while the sixth answer is made: five are kept, the table is printed, the next run asks for 59."""
+    """Ctrl-C during the sixth request: five answers are kept, the table is printed, the next run requests 59."""
     from evaluation import harness
 
     generate, calls = harness.QuietLM._model_generate, iter(range(6))
@@ -442,7 +443,7 @@ def test_an_interrupted_run_says_so_and_repeats_no_answer(
         patch.setattr(harness.QuietLM, "_model_generate", until_the_sixth)
         code, rows = measured(tmp_path, tiny_dir, *command)
     assert (code, rows["internlm_recall"]["status"], rows["internlm_recall"]["ours"]) == (1, "not run yet", None)
-    assert "Interrupted. The same command goes on from here." in capsys.readouterr().err
+    assert "Interrupted. Run the same command again to resume." in capsys.readouterr().err
 
     assert measured(tmp_path, tiny_dir, *command)[0] == 0
     result = json.loads((tmp_path / "raw" / "internlm_recall.json").read_text(encoding="utf-8"))
@@ -451,13 +452,13 @@ def test_an_interrupted_run_says_so_and_repeats_no_answer(
 
 
 def cache_entries(path: Path) -> int:
-    """How many answers lm-eval has written down so far."""
+    """How many answers lm-eval has cached so far."""
     import sqlite3
 
     try:
         with sqlite3.connect(f"file:{path}?mode=ro", uri=True) as database:
             return database.execute("select count(*) from unnamed").fetchone()[0]
-    except sqlite3.OperationalError:  # the table is not there yet
+    except sqlite3.OperationalError:  # the table does not exist yet
         return 0
 
 
@@ -482,8 +483,8 @@ ROWS = {
 
 
 @pytest.mark.evaluation
-def test_the_cards_tasks_run_on_rows_of_their_data_sets(offline: None, tiny_dir: Path, tmp_path: Path):
-    """One row each, in the form of the data set on the Hub, given by --data: prompt, choices and metric all fit."""
+def test_the_cards_tasks_run_on_rows_in_the_form_of_their_data_sets(offline: None, tiny_dir: Path, tmp_path: Path):
+    """One row each, in the form of the data set on the Hub, passed with --data: prompt, choices and metric fit."""
     for task, row in ROWS.items():
         (tmp_path / "data" / task).mkdir(parents=True)
         for split in {select(task)[0].split} | ({"train"} if task in ("boolq", "piqa") else set()):
@@ -502,8 +503,8 @@ def test_the_cards_tasks_run_on_rows_of_their_data_sets(offline: None, tiny_dir:
 
 
 @pytest.mark.evaluation
-def test_rows_that_do_not_fit_their_task_stop_no_other(offline: None, tiny_dir: Path, tmp_path: Path):
-    """BoolQ's rows lack the passage, which shows as soon as the work is reckoned; PIQA is measured all the same."""
+def test_malformed_rows_do_not_stop_other_tasks(offline: None, tiny_dir: Path, tmp_path: Path):
+    """BoolQ's rows lack the passage, which fails while the work is estimated; PIQA is measured nevertheless."""
     rows = {"boolq": {"question": "did we find a river", "label": 1}, "piqa": ROWS["piqa"]}
     for task, row in rows.items():
         (tmp_path / task).mkdir()
@@ -518,9 +519,9 @@ def test_rows_that_do_not_fit_their_task_stop_no_other(offline: None, tiny_dir: 
 
 @pytest.mark.evaluation
 def test_prompts_beyond_the_window_are_counted(local_run: Path, tiny_dir: Path, tiny_tokenizer, tmp_path: Path):
-    """Of a prompt that leaves no room for the 12 tokens of its answer the beginning is lost: never in silence."""
-    whole = [json.loads((local_run / "raw" / f"{line.task}.json").read_text())["cut"] for line in LOCAL]
-    assert whole == [0, 0]
+    """A prompt that leaves no space for the 12 tokens of its answer is truncated, but never silently."""
+    cut = [json.loads((local_run / "raw" / f"{line.task}.json").read_text())["cut"] for line in LOCAL]
+    assert cut == [0, 0]
     lengths = sorted(len(tiny_tokenizer(row["prompt"]).input_ids) for row in local_rows("internlm_recall"))
     window = lengths[40] + 12
     _, rows = measured(tmp_path, tiny_dir, "--tasks", "internlm_recall", "--max-length", str(window))
@@ -528,7 +529,7 @@ def test_prompts_beyond_the_window_are_counted(local_run: Path, tiny_dir: Path, 
     assert "(see --max-length)" in (tmp_path / "table.md").read_text(encoding="utf-8")
 
 
-# The real scorer lies on the Hub. This one, found in the working directory, runs each program in a process of its own.
+# The real scorer is on the Hub. This one is found in the working directory and runs each program in its own process.
 CODE_EVAL = """
 import os
 import subprocess
@@ -550,8 +551,8 @@ class CodeEval(evaluate.Metric):
 
 
 @pytest.mark.evaluation
-def test_allowed_code_is_run_and_scored(tiny_dir: Path, tmp_path: Path):
-    """A HumanEval row whose string literal swallows whatever the tiny model writes: the first check passes."""
+def test_generated_code_is_run_and_scored_if_allowed(tiny_dir: Path, tmp_path: Path):
+    """A HumanEval row whose string literal swallows whatever the tiny model generates: the first check passes."""
     for folder, text in (("code_eval/code_eval.py", CODE_EVAL), ("data/humaneval/test.jsonl", "")):
         (tmp_path / folder).parent.mkdir(parents=True)
         (tmp_path / folder).write_text(text, encoding="utf-8")
@@ -573,7 +574,7 @@ def test_allowed_code_is_run_and_scored(tiny_dir: Path, tmp_path: Path):
 
 
 @pytest.mark.evaluation
-def test_unreachable_data_and_code_are_reported_not_scored(offline: None, tiny_dir: Path, tmp_path: Path, capsys):
+def test_unreachable_data_and_disabled_code_are_not_scored(offline: None, tiny_dir: Path, tmp_path: Path, capsys):
     code, rows = measured(tmp_path, tiny_dir, "--tasks", "internlm_cmrc,bbh,humaneval,mbpp")
     assert code == 1
     assert {task: row["status"] for task, row in rows.items()} == {

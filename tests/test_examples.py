@@ -1,4 +1,4 @@
-"""Every example runs as it is called, on the tiny model, and shows what it says."""
+"""Every example runs as a command on the tiny model and prints what it promises."""
 
 import json
 import os
@@ -29,7 +29,7 @@ def test_pipeline(tiny_dir):
 
 
 def test_embeddings(tiny_dir):
-    """A sentence is itself, and nearer to one that shares its words than to another."""
+    """A sentence has similarity 1 with itself, and is more similar to one that shares its words than to another."""
     rows = run(
         "embeddings", tiny_dir, "The sky is blue.", "The sky was blue.", "We ate bread and cheese."
     ).splitlines()
@@ -38,20 +38,20 @@ def test_embeddings(tiny_dir):
 
 
 def test_classify(tiny_dir):
-    """Three sentences that it was not taught, in two languages, each sorted rightly."""
+    """Three sentences that are not in the training set, in two languages, are classified correctly."""
     rows = run("classify", tiny_dir).splitlines()
     assert [row.split()[0] for row in rows] == ["food", "sky", "food"]
 
 
 def test_offload(tiny_dir):
-    """The text does not depend on where the layers are."""
+    """The output does not depend on where the layers are."""
     small, large = (run("offload", tiny_dir, "--memory", memory).splitlines() for memory in ("2MB", "1GB"))
     assert "on disk" in small[0] and "on disk" not in large[0]
     assert small[1:] == large[1:] and small[1].startswith("In the evening ")
 
 
 class Terminal:
-    """A program on a pseudo-terminal, as its user has it before the eyes; killed, if it still runs, at the end."""
+    """A program on a pseudo-terminal, as its user sees it; killed at the end if it still runs."""
 
     def __init__(self, *command: str) -> None:
         import pty  # not on Windows
@@ -71,7 +71,7 @@ class Terminal:
         os.close(self.screen)
 
     def wait_for(self, text: str, seconds: float = 60) -> str:
-        """What is shown before `text` comes."""
+        """The output up to `text`."""
         shown, end = b"", time.monotonic() + seconds
         while not shown.endswith(text.encode()):
             assert select.select([self.screen], [], [], max(0, end - time.monotonic()))[0], f"no {text!r}: {shown!r}"
@@ -82,16 +82,16 @@ class Terminal:
         os.write(self.screen, keys.encode())
 
     def ask(self, line: str, seconds: float = 60) -> str:
-        """Type a line at the prompt; what is shown until the next prompt, without the line itself."""
+        """Type a line at the prompt; returns the output until the next prompt, without the echoed line."""
         self.type(line + "\n")
         self.wait_for(line + "\r\n")  # the terminal's echo
         return self.wait_for(PROMPT, seconds)
 
     def exit_code(self) -> int:
-        """Wait for the program's end."""
+        """Wait for the program to exit."""
         end = time.monotonic() + 20
         while not (found := os.waitpid(self.pid, os.WNOHANG))[0]:
-            assert time.monotonic() < end, "it does not end"
+            assert time.monotonic() < end, "it does not exit"
             time.sleep(0.01)
         self.pid = 0
         return os.waitstatus_to_exitcode(found[1])
@@ -99,39 +99,39 @@ class Terminal:
 
 PROMPT = "\r\n<|User|>: "
 CHAT = (sys.executable, "examples/chat.py", "--greedy", "--model")
-on_a_terminal = pytest.mark.skipif(sys.platform == "win32", reason="has no pseudo-terminals")
+on_a_terminal = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no pseudo-terminals")
 
 
 @on_a_terminal
 def test_chat_in_a_terminal(tiny_dir, tiny_model, tiny_tokenizer):
-    """History, /system, /reset and /quit: each answer is chat()'s with the turns and system text of the moment."""
-    told, system = "Remember: the key is apple4321.", "Remember: the key is apple8765. 请记住。"
-    asked = "Which key begins with apple?"
+    """History, /system, /reset and /quit: each answer equals chat()'s with the current history and system text."""
+    statement, system = "Remember: the key is apple4321.", "Remember: the key is apple8765. 请记住。"
+    question = "Which key begins with apple?"
 
     def answer(query: str, history: list, system: str | None) -> str:
         return tiny_model.chat(tiny_tokenizer, query, history, meta_instruction=system, do_sample=False)[0]
 
-    noted = answer(told, [], None)
+    noted = answer(statement, [], None)
     with_history, alone, with_system = (
-        answer(asked, *of) for of in (([(told, noted)], None), ([], None), ([], system))
+        answer(question, *context) for context in (([(statement, noted)], None), ([], None), ([], system))
     )
-    assert len({with_history, alone, with_system}) == 3  # else the screen could not tell them apart
+    assert len({with_history, alone, with_system}) == 3  # otherwise the output could not distinguish them
     with Terminal(*CHAT, str(tiny_dir)) as terminal:
         terminal.wait_for(PROMPT)
-        assert terminal.ask(told) == f"<|Bot|>: {noted}\n"
-        assert terminal.ask(asked) == f"<|Bot|>: {with_history}\n"
+        assert terminal.ask(statement) == f"<|Bot|>: {noted}\n"
+        assert terminal.ask(question) == f"<|Bot|>: {with_history}\n"
         assert terminal.ask("/reset") == ""
-        assert terminal.ask(asked) == f"<|Bot|>: {alone}\n"
+        assert terminal.ask(question) == f"<|Bot|>: {alone}\n"
         assert terminal.ask("/rest") == "commands: /reset, /system TEXT, /quit\n"
         assert terminal.ask(f"/system {system}") == terminal.ask("/reset") == ""
-        assert terminal.ask(asked) == f"<|Bot|>: {with_system}\n"
+        assert terminal.ask(question) == f"<|Bot|>: {with_system}\n"
         terminal.type("/quit\n")
         assert terminal.exit_code() == 0
 
 
 @on_a_terminal
 def test_ctrl_c_stops_the_answer_and_not_the_program(tiny_dir, tmp_path):
-    """Of answers of 500 tokens each, one is stopped after its first words, and the next is whole; Ctrl-D ends."""
+    """With answers of 500 tokens, one is stopped after its first word, and the next is complete; Ctrl-D quits."""
     folder = shutil.copytree(tiny_dir, tmp_path / "talkative")
     settings = json.loads((folder / "generation_config.json").read_text())
     (folder / "generation_config.json").unlink()
@@ -147,17 +147,17 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(tiny_dir, tmp_path):
         shown += " " + terminal.wait_for(" [stopped]\r\n" + PROMPT, 20).replace("^C", "")
         assert whole.startswith(f"<|Bot|>: {shown}") and len(shown) < len(whole) / 2
         assert "[stopped]" not in terminal.ask("And then?")
-        time.sleep(0.5)  # readline shows its prompt a moment before it minds Ctrl-C
+        time.sleep(0.5)  # readline handles Ctrl-C only a moment after it shows its prompt
         terminal.type("\x03")
-        assert terminal.wait_for(PROMPT).replace("^C", "") == "\n/quit ends\n"
+        assert terminal.wait_for(PROMPT).replace("^C", "") == "\ntype /quit to quit\n"
         terminal.type("\x04")
         assert terminal.exit_code() == 0
 
 
 @pytest.mark.ecosystem
 def test_finetune_lora(tiny_dir):
-    """The model learns the answer, and learns to stop after it."""
-    # peft imports gptqmodel, if it is there, which prints a banner between the two lines.
+    """The model learns the answer, and to stop after it."""
+    # peft imports gptqmodel, if installed, which prints a banner between the two lines.
     lines = run("finetune_lora", tiny_dir).splitlines()
     before, after = (line for line in lines if line.startswith(("before:", "after:")))
     answer = "Old Tomas keeps the lantern, and the lantern keeps the harbour."
@@ -167,7 +167,7 @@ def test_finetune_lora(tiny_dir):
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.stem)
 def test_help(path):
     process = subprocess.run([sys.executable, str(path), "--help"], cwd=ROOT, capture_output=True, text=True)
-    if "No module named 'peft'" in process.stderr:  # the ecosystem tests run that one whole
+    if "No module named 'peft'" in process.stderr:  # only the ecosystem environment has peft
         assert path.stem == "finetune_lora"
     else:
         assert process.returncode == 0 and "--model" in process.stdout, process.stderr

@@ -1,10 +1,11 @@
-"""What a forward costs in operators: none for dynamic NTK up to the window, and fewer than Llama's per decode step."""
+"""Operators of a forward: dynamic NTK adds none up to the window, and a decode step needs fewer than Llama's."""
 
 import pytest
 import torch
 from transformers import DynamicCache, StaticCache
 
-from benchmarks.common import Context, Decoding, Shape, count_operators, our_config, our_model, sharing_weights, twins
+from benchmarks.counts import count_operators
+from benchmarks.models import Context, Decoding, Shape, our_config, our_model, sharing_weights, twins
 
 
 SHAPE = Shape(hidden=64, layers=3, heads=2, intermediate=96, vocab=128, window=32)
@@ -19,7 +20,7 @@ def pair() -> dict[str, torch.nn.Module]:
 
 @torch.no_grad()
 def operators(model: torch.nn.Module, past: int, new: int, static: int = 0, padded: bool = False) -> dict[str, int]:
-    """Operators of a forward over `new` tokens after `past` cached ones; `static` is a static cache's length."""
+    """Operators of a forward over `new` tokens after `past` cached ones; `static` is the length of a static cache."""
     config = model.config
     cache = StaticCache(config=config, max_cache_len=static) if static else DynamicCache(config=config)
     ids = torch.arange(2 * (past + new)).view(2, -1) % config.vocab_size
@@ -43,7 +44,7 @@ def test_dynamic_ntk_adds_no_operator_up_to_the_window(pair, past, new, static, 
 
 
 @pytest.mark.parametrize(("past", "new", "static"), [(0, 33, 0), (32, 1, 0), (8, 1, 33)])
-def test_the_counter_sees_the_correction_beyond_the_window(pair, past, new, static):
+def test_count_operators_detects_the_correction_beyond_the_window(pair, past, new, static):
     counts = {name: sum(operators(model, past, new, static).values()) for name, model in pair.items()}
     assert counts["dynamic"] > counts["origin"] > 20 * SHAPE.layers
 

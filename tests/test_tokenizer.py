@@ -183,7 +183,7 @@ def compare_with_sentencepiece(tok, sp, corpus: list[str]) -> None:
 def test_two_megabytes_like_sentencepiece(tok, sp, monkeypatch):
     """A tenth is training data of checkpoints/tiny: prose, chats and tool calls in two languages."""
     monkeypatch.syspath_prepend(ROOT / "tools")
-    documents = importlib.import_module("tiny_corpus").documents(0)
+    documents = importlib.import_module("tools.tiny.corpus").documents(0)
     corpus = [document.text for document in itertools.islice(documents, 600)]
     assert sum(len(text.encode()) for text in corpus) > 150_000
     corpus += mixed_corpus(1_750_000)

@@ -1,8 +1,8 @@
 """Run tests/matrix_check.py on every supported transformers: `make matrix`, or `python tools/matrix.py --help`.
 
 Each version gets a fresh environment under .venvs/matrix (uv links the packages from its cache, so torch is stored
-once) and a fresh process. Prints one line per version and the table, writes the table into README.md, and exits with 1
-if anything failed; the full report of each version is .venvs/matrix/<version>.txt.
+once) and a fresh process. Prints one line per version and the table, writes the table to README.md, and exits with 1
+if anything failed; the full log of each version is .venvs/matrix/<version>.txt.
 """
 
 import argparse
@@ -24,18 +24,18 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENTS = ROOT / ".venvs" / "matrix"
 REQUIREMENTS = ("requirements.txt", "requirements-dev.txt")
-# The oldest supported, what serving and training tools pin (docs/compatibility.md), and the newest, in that order.
+# The oldest supported version, those that serving and training tools pin (docs/compatibility.md), and the newest.
 VERSIONS = ["4.57.6", "5.0.0", "5.4.0", "5.6.0", "5.8.1", "5.12.1"]
 VERSIONS += ["5.16.1", "5.17.0", "5.19.0", "5.20.2", "5.23.0", "5.24.0"]
 TOO_OLD = "4.56.2"
-# What a check is about stands in its name, test_<area>_...; the tests of test_golden.py are the rest.
+# The area of a check is in its name, test_<area>_...; all other checks are those of tests/test_golden.py.
 AREAS = {"loading": "load, save, load", "tokenizer": "tokenizer", "chat": "chat template", "training": "checkpointing"}
 GOLDEN = "goldens, generate, heads"
 
 
 @dataclass
 class Outcome:
-    """What the checks said on one version: how many of each area passed and how many there are."""
+    """The result of the checks on one version: passed and total, by area."""
 
     version: str
     seconds: float
@@ -53,13 +53,13 @@ class Outcome:
 
 
 def pins(*names: str) -> list[str]:
-    """The lines `name==version` of the requirements files, for these packages."""
+    """The `name==version` lines of the requirements files for these packages."""
     lines = [line for file in REQUIREMENTS for line in (ROOT / file).read_text().splitlines()]
     return [line for name in names for line in lines if line.startswith(f"{name}==")]
 
 
 def install(version: str, log: Path) -> Path:
-    """Make the environment of one version anew and return its Python; CalledProcessError if uv fails."""
+    """Create a fresh environment for one version and return its Python; CalledProcessError if uv fails."""
     folder = ENVIRONMENTS / version
     shutil.rmtree(folder, ignore_errors=True)
     uv = [sys.executable, "-m", "uv"]
@@ -82,7 +82,7 @@ def check(version: str, newest: bool, threads: int) -> Outcome:
     log, report = ENVIRONMENTS / f"{version}.txt", ENVIRONMENTS / f"{version}.xml"
     report.unlink(missing_ok=True)
     environment = os.environ | {
-        "HF_HOME": str(ENVIRONMENTS / version / "home"),  # remote code is copied there: two versions must not share it
+        "HF_HOME": str(ENVIRONMENTS / version / "home"),  # remote code is copied there: not to be shared
         "HF_HUB_OFFLINE": "1",
         "MATRIX_NEWEST": str(int(newest)),
         "MATRIX_VERSION": version,
@@ -99,35 +99,35 @@ def check(version: str, newest: bool, threads: int) -> Outcome:
     except subprocess.CalledProcessError:
         status = None
     outcome = Outcome(version, time.monotonic() - start)
-    if status not in (0, 1):  # pytest's for "all passed" and "some failed"; the others ran no or not all tests
+    if status not in (0, 1):  # pytest: all passed, some failed; with any other, not all tests ran
         outcome.problem = "did not run"
         return outcome
     for case in ElementTree.parse(report).iter("testcase"):
         area = AREAS.get(case.attrib["name"].split("_")[1].split("[")[0], GOLDEN)
         outcome.total[area] += 1
-        outcome.passed[area] += len(case) == 0  # a child says failure, error or skipped: none of them is a pass
+        outcome.passed[area] += len(case) == 0  # a child element is a failure, an error or a skip
     return outcome
 
 
-def refused_in_one_sentence(version: str) -> bool:
-    """Whether everything that a user loads first ends, on a version below the window, with the version that is needed.
+def is_refused(version: str) -> bool:
+    """Whether, on a version that is too old, every Auto class fails with an error that names the version needed.
 
-    The repository's own folder is a model folder without weights, which are not reached.
+    The repository itself serves as the model folder: loading fails before the missing weights matter.
     """
     log = ENVIRONMENTS / f"{version}.txt"
-    python, said = install(version, log), []
+    python, messages = install(version, log), []
     for auto in ("AutoConfig", "AutoTokenizer", "AutoModelForCausalLM"):
         load = f"import transformers; transformers.{auto}.from_pretrained('.', trust_remote_code=True)"
         environment = os.environ | {"HF_HOME": str(ENVIRONMENTS / version / "home"), "HF_HUB_OFFLINE": "1"}
         process = subprocess.run([python, "-c", load], cwd=ROOT, env=environment, capture_output=True, text=True)
-        said.append(process.stderr.strip().rpartition("\n")[2])
-    log.write_text("\n".join(said))
+        messages.append(process.stderr.strip().rpartition("\n")[2])
+    log.write_text("\n".join(messages))
     shutil.rmtree(ENVIRONMENTS / version, ignore_errors=True)
-    return all(line.startswith("ImportError: InternLM needs transformers 4.57 or newer") for line in said)
+    return all(line.startswith("ImportError: InternLM needs transformers 4.57 or newer") for line in messages)
 
 
 def table(outcomes: list[Outcome]) -> str:
-    """The Markdown table of README.md: checks passed / checks, by area."""
+    """The Markdown table of README.md: passed / total, by area."""
     rows = [["transformers", GOLDEN, *AREAS.values()]]
     rows += [["---"] + ["--:"] * (len(rows[0]) - 1)]
     rows += [[outcome.version, *outcome.cells()] for outcome in outcomes]
@@ -139,7 +139,7 @@ def write_readme(text: str) -> None:
     old = readme.read_text(encoding="utf-8")
     new, found = re.subn(r"(<!-- matrix -->\n).*?(<!-- /matrix -->)", rf"\g<1>{text}\n\g<2>", old, flags=re.DOTALL)
     if found != 1:
-        raise SystemExit("README.md must have one <!-- matrix --> ... <!-- /matrix --> for the table; it has none.")
+        raise SystemExit(f"README.md must have one block <!-- matrix --> ... <!-- /matrix -->, and has {found}.")
     if new != old:
         readme.write_text(new, encoding="utf-8")
 
@@ -147,8 +147,10 @@ def write_readme(text: str) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--versions", nargs="+", default=VERSIONS, metavar="X.Y.Z", help=f"default: {VERSIONS}")
-    parser.add_argument("--jobs", type=int, default=2, help="versions at a time (default: 2, a minute of CPU each)")
-    parser.add_argument("--keep", action="store_true", help="keep the environments, 0.9 GB each, mostly shared")
+    parser.add_argument(
+        "--jobs", type=int, default=2, help="versions in parallel (default: 2; each takes a CPU minute)"
+    )
+    parser.add_argument("--keep", action="store_true", help="keep the environments (0.9 GB each, mostly shared)")
     arguments = parser.parse_args()
     ENVIRONMENTS.mkdir(parents=True, exist_ok=True)
     threads = max(1, (os.cpu_count() or 1) // arguments.jobs)
@@ -167,8 +169,8 @@ def main() -> int:
     print(text)
     if arguments.versions == VERSIONS:
         write_readme(text)
-    refused = refused_in_one_sentence(TOO_OLD)
-    print(f"{TOO_OLD} is {'refused in one sentence' if refused else 'NOT refused in one sentence'}")
+    refused = is_refused(TOO_OLD)
+    print(f"{TOO_OLD} is {'refused' if refused else 'NOT refused'} with an error that names the version needed")
     return 0 if refused and all(outcome.ok for outcome in ordered) else 1
 
 

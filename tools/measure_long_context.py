@@ -1,47 +1,51 @@
-"""Measure checkpoints/tiny at 1 to 4 times its window: loss on long documents and key-value recall, three rotaries.
+"""Measure checkpoints/tiny at 1 to 4 times its window: loss on long documents and key-value recall.
 
     python tools/measure_long_context.py            # a few minutes; writes docs/long-context-results.md and its plot
     python tools/measure_long_context.py --documents 4 --probes 8 --out build/long-context
 
 The same weights run with dynamic NTK (this package), with plain rotary (this package, rotary type "origin"), and as
-the library's Llama with its own dynamic NTK. Everything is read through a cache, as `generate` does.
+transformers' Llama with its own dynamic NTK. All of them decode with a cache, as `generate` does.
 """
 
 import argparse
 import random
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import matplotlib
 import torch
 import transformers
-from tiny_corpus import prose
-from tiny_measure import ROOT, Subject, recall_share
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from tools.package import ROOT
+from tools.tiny.corpus import prose
+from tools.tiny.measure import Subject, recall_share
+
 
 WINDOWS = (1, 2, 3, 4)
-DEPTHS = tuple(tenth / 10 for tenth in range(0, 11, 2))  # of the document, where the key is told: 0 is its beginning
+DEPTHS = tuple(tenth / 10 for tenth in range(0, 11, 2))  # where in the document the key is stated: 0 is its beginning
 SIDES = {
     "dynamic": "dynamic NTK",
     "origin": "plain rotary",
     "llama": "Llama's dynamic NTK",
 }
 COLOURS = {"dynamic": "#1f5fbf", "origin": "#8a8a8a", "llama": "#c8641b"}
-LOSS_TARGET, RECALL_TARGET = 1.15, 0.80  # with dynamic NTK at 4x: loss over the loss at 1x, and recall
+LOSS_TARGET, RECALL_TARGET = 1.15, 0.80  # with dynamic NTK at 4x: loss relative to 1x, and recall
 
 
 class Measured(NamedTuple):
     """One side at one length."""
 
     loss: float  # nats per token, over the last half window
-    recall: dict[str, float]  # share of values recalled digit for digit, per depth
+    recall: dict[str, float]  # share of values recalled exactly, by depth
 
     @property
     def mean_recall(self) -> float:
@@ -49,7 +53,7 @@ class Measured(NamedTuple):
 
 
 def subject_of(folder: Path, side: str) -> Subject:
-    """The checkpoint with one side's rotary; "llama" is the library's class on the same weights."""
+    """The checkpoint with one side's rotary; "llama" is transformers' class on the same weights."""
     if side != "llama":
         return Subject(folder, side)
     subject = Subject(folder)
@@ -74,7 +78,7 @@ def subject_of(folder: Path, side: str) -> Subject:
 
 
 def long_documents(subject: Subject, length: int, count: int) -> torch.Tensor:
-    """Prose of a seed that training does not use, cut at `length` tokens: (count, length) ids."""
+    """Prose from a seed that training does not use, truncated to `length` tokens: (count, length) ids."""
     rng, rows = random.Random(f"long documents {length}"), []
     for number in range(count):
         ids: list[int] = []
@@ -87,20 +91,20 @@ def long_documents(subject: Subject, length: int, count: int) -> torch.Tensor:
 
 @torch.inference_mode()
 def cached_loss(subject: Subject, length: int, count: int) -> float:
-    """Loss of the last half window, one token at a time, after the text before it was read at once."""
+    """Loss over the last half window, decoded token by token after a prefill of the preceding text."""
     ids = long_documents(subject, length, count)
     start = length - subject.window // 2
     cache = DynamicCache(config=subject.model.config)
     logits = subject.model(ids[:, :start], past_key_values=cache, logits_to_keep=1).logits[:, -1]
     losses = []
-    for place in range(start, length):
-        losses.append(cross_entropy(logits.float(), ids[:, place]).item())
-        logits = subject.model(ids[:, place : place + 1], past_key_values=cache).logits[:, -1]
+    for position in range(start, length):
+        losses.append(cross_entropy(logits.float(), ids[:, position]).item())
+        logits = subject.model(ids[:, position : position + 1], past_key_values=cache).logits[:, -1]
     return sum(losses) / len(losses)
 
 
 def measure(folder: Path, documents: int, probes: int) -> tuple[int, dict[str, dict[int, Measured]]]:
-    """All sides at all lengths; the checkpoint's window, and side -> windows -> measured."""
+    """Measure all sides at all lengths. Returns the checkpoint's window, and side -> windows -> measured."""
     found: dict[str, dict[int, Measured]] = {side: {} for side in SIDES}
     bar = tqdm(total=len(SIDES) * len(WINDOWS), unit="length")
     for side in SIDES:
@@ -116,35 +120,36 @@ def measure(folder: Path, documents: int, probes: int) -> tuple[int, dict[str, d
 
 
 def verdict(found: dict[str, dict[int, Measured]]) -> str:
-    """Whether dynamic NTK keeps what it promises, in one line."""
+    """One line: whether dynamic NTK meets its targets."""
     first, last = found["dynamic"][WINDOWS[0]], found["dynamic"][WINDOWS[-1]]
     growth = last.loss / first.loss
     parts = [
-        f"loss at {WINDOWS[-1]}x is {growth:.2f} times the loss at 1x (at most {LOSS_TARGET:.2f} is wanted: "
+        f"loss at {WINDOWS[-1]}x is {growth:.2f} times the loss at 1x (target: at most {LOSS_TARGET:.2f}, "
         f"{'met' if growth <= LOSS_TARGET else 'not met'})",
-        f"mean recall at {WINDOWS[-1]}x is {last.mean_recall:.0%} (above {RECALL_TARGET:.0%} is wanted: "
+        f"mean recall at {WINDOWS[-1]}x is {last.mean_recall:.0%} (target: above {RECALL_TARGET:.0%}, "
         f"{'met' if last.mean_recall > RECALL_TARGET else 'not met'})",
     ]
     return "With dynamic NTK, " + "; ".join(parts) + "."
 
 
 def report(window: int, found: dict[str, dict[int, Measured]], arguments: Any, picture: str) -> str:
-    """The page: two tables and how to read them."""
+    """The results page."""
     depths = list(found["dynamic"][1].recall)
     lines = [
         "# Long context, measured on checkpoints/tiny",
         "",
         f"Window {window} tokens; {arguments.documents} documents and {arguments.probes} recall probes per depth and "
-        "length; the same weights in all three cases; everything read through a cache. "
-        f"transformers {transformers.__version__}, float32. Made by `python tools/measure_long_context.py`.",
+        "length; the same weights in all three cases; everything decoded with a cache. "
+        f"transformers {transformers.__version__}, float32. Generated by `python tools/measure_long_context.py`.",
         "",
         verdict(found),
         "",
         f"![loss and recall against length]({picture})",
         "",
-        "Loss is in nats per token over the last half window of held-out prose, decoded token by token after the text "
-        "before it was read at once. Recall is the share of four-digit values that are repeated exactly when a key is "
-        "asked for at the end of a document; depth says where the key was told (0 % is the document's beginning).",
+        "Loss is in nats per token over the last half window of held-out prose, decoded token by token after a "
+        "prefill of the preceding text. Recall is the share of four-digit values that are repeated exactly when a key "
+        "is asked for at the end of a document; the depth is where the key was stated (0 % is the document's "
+        "beginning).",
         "",
         "| length | rotary | loss | loss / loss at 1x | recall, mean | "
         + " | ".join(f"{float(d):.0%}" for d in depths),
@@ -159,9 +164,9 @@ def report(window: int, found: dict[str, dict[int, Measured]], arguments: Any, p
             lines.append("| " + " | ".join(cells) + " |")
     lines += [
         "",
-        "Llama's own dynamic NTK caches keys rotated with the base of their time and mixes bases from then on "
-        "([long-context.md](long-context.md) says what is done here instead). The few tokens of a recalled value "
-        "after a prompt that was read at once hardly notice; half a window of decoding does.",
+        "Llama's own dynamic NTK caches each key rotated with the base at the time it was computed, so the cache "
+        "mixes bases ([long-context.md](long-context.md) explains what is done here instead). This hardly affects the "
+        "few tokens of a recalled value after a prefill, but it does affect half a window of decoding.",
     ]
     return "\n".join(lines) + "\n"
 

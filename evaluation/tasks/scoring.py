@@ -1,35 +1,35 @@
-"""What the tasks of this folder need beyond their YAML files: choices, and one sample's score."""
+"""Functions that the YAML files of this folder refer to: choices, and the score of a sample."""
 
 import re
 
 
 def _bare(text: str) -> str:
-    """`text` up to its first line end, full stop or comma, without punctuation and articles (OpenCompass's way)."""
+    """`text` up to its first newline, full stop or comma, without punctuation and articles, as in OpenCompass."""
     first = re.split(r"[\n.,]", text, maxsplit=1)[0]
     words = re.sub(r"\b(a|an|the)\b", "", re.sub(r"[^\w\s]", "", first), flags=re.IGNORECASE)
     return " ".join(words.split())
 
 
 def cmrc(doc: dict, results: list[str]) -> dict[str, float]:
-    """Whether the answer, after the words for "the answer is" if they are there, equals one of the given answers."""
+    """Whether the answer (the text after "the answer is", if present) equals one of the reference answers."""
     _, found, after = results[0].partition("答案是")
     answer = _bare((after if found else results[0]).strip())
     return {"exact_match": float(answer in {_bare(given) for given in doc["answers"]["text"]})}
 
 
 def csl_choices(doc: dict) -> list[str]:
-    """The abstract alone (0: the keywords are not its own) and with the keywords (1: they are)."""
+    """The abstract alone (0: the keywords do not belong to it) and with the keywords (1: they do)."""
     alone = f"摘要：{doc['abst']}"
     return [alone, f"{alone}\n关键词：{'，'.join(doc['keyword'])}"]
 
 
 def first_1000(docs):
-    """The first 1000 documents: as many as the published number was measured on."""
+    """The first 1000 documents, as for the published score."""
     return docs.select(range(min(1000, len(docs))))
 
 
 def rouge1(doc: dict, results: list[str]) -> dict[str, float]:
-    """F-measure of the words that the first line of the summary shares with the given one."""
+    """ROUGE-1 F-measure of the first line of the summary against the reference."""
     from rouge_score.rouge_scorer import RougeScorer
 
     summary = results[0].strip().split("\n")[0].strip()
@@ -37,6 +37,6 @@ def rouge1(doc: dict, results: list[str]) -> dict[str, float]:
 
 
 def recall(doc: dict, results: list[str]) -> dict[str, float]:
-    """Whether the first number in the answer is the value that was told."""
+    """Whether the first number in the answer is the value stated in the prompt."""
     number = re.search(r"\d+", results[0])
     return {"exact_match": float(number is not None and number[0] == doc["value"])}

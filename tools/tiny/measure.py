@@ -1,15 +1,17 @@
-"""What the tiny model can do, in numbers: loss, sentences, recall, chats, tool calls, four windows of text."""
+"""The tiny model's metrics: loss, well-formed sentences, recall, chats, tool calls, contexts of up to four windows."""
 
-import importlib
 import random
-import sys
-import types
 from itertools import islice
 from pathlib import Path
 
 import sentencepiece
 import torch
-from tiny_corpus import (
+from torch.nn.functional import cross_entropy
+from tqdm import tqdm
+
+from tools import package
+
+from .corpus import (
     CHATS,
     LANGUAGES,
     TOOLS,
@@ -23,12 +25,9 @@ from tiny_corpus import (
     story,
     system_message,
 )
-from tiny_grammar import generate, is_well_formed, split_sentences
-from torch.nn.functional import cross_entropy
-from tqdm import tqdm
+from .grammar import generate, is_well_formed, split_sentences
 
 
-ROOT = Path(__file__).resolve().parents[1]
 CARD_PROMPTS = {"en": "Coming to the beautiful nature, we found", "zh": "来到美丽的大自然，我们发现"}
 CARD_SETTINGS = {"do_sample": True, "top_p": 0.8, "temperature": 0.8, "repetition_penalty": 1.05, "max_length": 128}
 CHAT_SETTINGS = {"do_sample": True, "top_p": 0.8, "temperature": 0.8, "max_new_tokens": 128}
@@ -36,33 +35,23 @@ DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 RECALL_PROBES = 40  # per depth
 
 
-def load_package() -> types.ModuleType:
-    """The three root modules import each other relatively, as on the Hub: here they are a package named `internlm`."""
-    package = types.ModuleType("internlm")
-    package.__path__ = [str(ROOT)]
-    package = sys.modules.setdefault("internlm", package)
-    for name in ("configuration", "modeling"):
-        vars(package).update(vars(importlib.import_module(f"internlm.{name}_internlm")))
-    return package
-
-
 class Subject:
-    """A checkpoint under test: its model in float32 (weights as stored) and its SentencePiece model."""
+    """A checkpoint under test: its model (computing in float32 on the stored weights) and its SentencePiece model."""
 
     def __init__(self, folder: Path, rotary: str = "dynamic") -> None:
-        package = load_package()
-        config = package.InternLMConfig.from_pretrained(folder)
+        config = package.load("configuration").InternLMConfig.from_pretrained(folder)
         config.rotary["type"] = rotary
-        self.model = package.InternLMForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32).eval()
-        self.pieces = sentencepiece.SentencePieceProcessor(str(folder / "tokenizer.model"))
+        model_class = package.load("modeling").InternLMForCausalLM
+        self.model = model_class.from_pretrained(folder, config=config, dtype=torch.float32).eval()
+        self.tokenizer = sentencepiece.SentencePieceProcessor(str(folder / "tokenizer.model"))
         self.window: int = config.max_position_embeddings
-        self.end = self.pieces.piece_to_id("<eoa>")
+        self.end = self.tokenizer.piece_to_id("<eoa>")
 
     def ids(self, text: str) -> list[int]:
-        return [1, *self.pieces.encode(text)]
+        return [1, *self.tokenizer.encode(text)]
 
     def count(self, text: str) -> int:
-        return len(self.pieces.encode(text))
+        return len(self.tokenizer.encode(text))
 
     @torch.inference_mode()
     def losses(self, ids: list[int]) -> torch.Tensor:
@@ -72,7 +61,7 @@ class Subject:
 
     @torch.inference_mode()
     def complete(self, prompts: list[str], **settings) -> list[tuple[str, bool]]:
-        """What follows each prompt, and whether it ended in `<eoa>`; the prompts run as one left-padded batch."""
+        """The text generated after each prompt, and whether it ended with `<eoa>`; one left-padded batch."""
         rows = [self.ids(prompt) for prompt in prompts]
         width = max(map(len, rows))
         tokens = torch.tensor([[0] * (width - len(row)) + row for row in rows])
@@ -81,27 +70,27 @@ class Subject:
         return [self.finish(row) for row in output]
 
     def finish(self, row: list[int]) -> tuple[str, bool]:
-        ends = [place for place, token in enumerate(row) if token in (self.end, 2)]
+        ends = [index for index, token in enumerate(row) if token in (self.end, 2)]
         stop = ends[0] if ends else len(row)
-        return self.pieces.decode(row[:stop]), bool(ends) and row[stop] == self.end
+        return self.tokenizer.decode(row[:stop]), bool(ends) and row[stop] == self.end
 
 
 def held_out_loss(subject: Subject, count: int) -> dict[str, float]:
-    """Loss per token in nats, per source, on the first window of documents of another seed than training's."""
+    """Loss in nats per token, by source, on the first window of documents whose seed training does not use."""
     total: dict[str, list[float]] = {}
     for document in islice(documents("held out"), count):
         ids, learn = [1], [True]
-        for text, known in document.parts:
-            piece = subject.pieces.encode(text)
-            ids += piece
-            learn += [known] * len(piece)
+        for text, predictable in document.parts:
+            tokens = subject.tokenizer.encode(text)
+            ids += tokens
+            learn += [predictable] * len(tokens)
         ids, learn = [*ids, 2][: subject.window], [*learn, True][: subject.window]
         total.setdefault(document.source, []).extend(subject.losses(ids)[torch.tensor(learn[1:])].tolist())
     return {source: sum(losses) / len(losses) for source, losses in sorted(total.items())}
 
 
 def other_openings(rng: random.Random, count: int) -> list[str]:
-    """Beginnings of first sentences, cut before what is found; other places and people than the card's."""
+    """Beginnings of first sentences up to the verb, with other settings and people than in the card's prompts."""
     prompts = []
     for number in range(count):
         language = ("en", "zh")[number % 2]
@@ -112,7 +101,7 @@ def other_openings(rng: random.Random, count: int) -> list[str]:
 
 
 def well_formed_share(subject: Subject, count: int, seed: int) -> dict[str, float]:
-    """Share of complete sentences that parse: `count` samples per card prompt and `count` from other openings."""
+    """Share of complete sentences that parse, in `count` samples per card prompt and `count` of other openings."""
     torch.manual_seed(seed)
     share = {}
     prompts = {name: [text] * count for name, text in CARD_PROMPTS.items()}
@@ -126,7 +115,7 @@ def well_formed_share(subject: Subject, count: int, seed: int) -> dict[str, floa
 
 
 def recall_share(subject: Subject, length: int, count: int, depths: tuple[float, ...] = DEPTHS) -> dict[str, float]:
-    """Share of values recalled digit for digit from a document of `length` tokens, per depth, greedy, with a cache."""
+    """Share of values recalled exactly from a document of `length` tokens, by depth; greedy decoding with a cache."""
     share = {}
     for depth in depths:
         rng = random.Random(f"recall {length} {depth}")
@@ -140,7 +129,7 @@ def recall_share(subject: Subject, length: int, count: int, depths: tuple[float,
 
 
 def chat_share(subject: Subject, count: int, seed: int) -> dict[str, float]:
-    """Share of replies that end by themselves in `<eoa>`, and share that also are right, at chat()'s own settings."""
+    """Share of replies that end with `<eoa>`, and of those that are also correct, at the defaults of chat()."""
     torch.manual_seed(seed)
     rng = random.Random(f"chats {seed}")
     prompts, checks = [], []
@@ -162,7 +151,7 @@ def chat_share(subject: Subject, count: int, seed: int) -> dict[str, float]:
 
 
 def tool_share(subject: Subject, count: int, seed: int) -> dict[str, float]:
-    """Share of exact tool calls, and of exact final answers after the true response, greedy."""
+    """Share of exact tool calls, and of exact final answers given the true response; greedy decoding."""
     rng = random.Random(f"tools {seed}")
     talks = [rng.choice((calculation, look_up))(rng, rng.choice(LANGUAGES)) for _ in range(count)]
     share = {}
@@ -179,7 +168,7 @@ def tool_share(subject: Subject, count: int, seed: int) -> dict[str, float]:
 
 
 def long_loss(subject: Subject, windows: int, count: int) -> float:
-    """Loss in nats over the last window of documents of `windows` windows, all tokens in one pass."""
+    """Loss in nats per token over the last window of documents of `windows` windows, all tokens in one pass."""
     rng = random.Random("long documents")
     length, losses = windows * subject.window, []
     for number in range(count):
@@ -189,7 +178,7 @@ def long_loss(subject: Subject, windows: int, count: int) -> float:
 
 
 def long_context(folder: Path, count: int) -> dict[str, dict]:
-    """Loss and recall at 1 to 4 windows with dynamic NTK, and the same with plain rotary."""
+    """Loss and recall at 1 to 4 windows, with dynamic NTK and with plain rotary."""
     table = {}
     for rotary in ("dynamic", "origin"):
         subject = Subject(folder, rotary)
@@ -204,23 +193,23 @@ def long_context(folder: Path, count: int) -> dict[str, dict]:
 
 
 def measure(folder: Path, seed: int = 1, scale: float = 1.0) -> dict:
-    """All measurements of the checkpoint in `folder`; `scale` below 1 takes fewer samples. A share is from 0 to 1."""
+    """All metrics of the checkpoint in `folder`; shares are from 0 to 1. `scale` below 1 takes fewer samples."""
     subject = Subject(folder)
 
-    def many(count: int) -> int:
+    def scaled(count: int) -> int:
         return max(1, round(count * scale))
 
     steps = {
-        "held_out_loss": lambda: held_out_loss(subject, many(400)),
-        "well_formed": lambda: well_formed_share(subject, many(80), seed),
-        "recall_in_window": lambda: recall_share(subject, subject.window, many(RECALL_PROBES)),
-        "chat": lambda: chat_share(subject, many(200), seed),
-        "tools": lambda: tool_share(subject, many(100), seed),
-        "long_context": lambda: long_context(folder, many(20)),
+        "held_out_loss": lambda: held_out_loss(subject, scaled(400)),
+        "well_formed": lambda: well_formed_share(subject, scaled(80), seed),
+        "recall_in_window": lambda: recall_share(subject, subject.window, scaled(RECALL_PROBES)),
+        "chat": lambda: chat_share(subject, scaled(200), seed),
+        "tools": lambda: tool_share(subject, scaled(100), seed),
+        "long_context": lambda: long_context(folder, scaled(20)),
     }
     parameters = sum(parameter.numel() for parameter in subject.model.parameters())
     metrics = {"parameters": parameters, "bytes": (folder / "model.safetensors").stat().st_size}
-    bar = tqdm(steps.items(), desc="measuring", unit="measurement")
+    bar = tqdm(steps.items(), desc="measuring", unit="metric")
     for name, step in bar:
         bar.set_postfix_str(name)
         metrics[name] = step()
@@ -228,14 +217,14 @@ def measure(folder: Path, seed: int = 1, scale: float = 1.0) -> dict:
 
 
 def rounded(value):
-    """The same tree with floats at four decimals."""
+    """The same tree with floats rounded to four decimals."""
     if isinstance(value, dict):
         return {key: rounded(item) for key, item in value.items()}
     return round(value, 4) if isinstance(value, float) else value
 
 
 def summary(metrics: dict) -> str:
-    """The measurements as a Markdown table."""
+    """The metrics as a Markdown table."""
     rows = [("parameters", f"{metrics['parameters']:,}"), ("model.safetensors", f"{metrics['bytes'] / 1e6:.2f} MB")]
     rows += [
         (f"held-out loss, {name} (nats per token)", f"{loss:.3f}") for name, loss in metrics["held_out_loss"].items()

@@ -1,22 +1,24 @@
-"""The text that the tiny model learns from, made from a seed: prose, key-value recall, chats and tool calls.
+"""The tiny model's training text, generated from a seed: prose, key-value recall, chats and tool calls.
 
-    python tools/tiny_corpus.py --seed 1 --documents 8        # print some
+    python -m tools.tiny.corpus --seed 1 --documents 8        # print some
 
-A document is a list of parts, (text, learn): `learn` is False where no reader could know what comes next (the value of
-a key when it is first told), so that training does not waste itself on noise.
+A document is a list of parts, (text, learn): `learn` is False where the text cannot be predicted (the value of a key
+where it is first stated), so that the loss contains no such noise.
 """
 
 import argparse
 import random
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import NamedTuple
 
-from tiny_grammar import KINDS, generate, paragraph
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from tools.package import ROOT
 
-TEMPLATE = (Path(__file__).resolve().parents[1] / "chat_template.jinja").read_text(encoding="utf-8")
+from .grammar import KINDS, generate, paragraph
+
+
+TEMPLATE = (ROOT / "chat_template.jinja").read_text(encoding="utf-8")
 LANGUAGES = ("en", "en", "zh")
 
 
@@ -33,10 +35,10 @@ class Document(NamedTuple):
 
 
 def prose(rng: random.Random, paragraphs: int, language: str | None = None) -> str:
-    """`paragraphs` scenes in one language, a line each."""
+    """`paragraphs` scenes in one language, one per line."""
     language = language or rng.choice(LANGUAGES)
-    joint = " " if language == "en" else ""
-    return "\n".join(joint.join(paragraph(rng, language)) for _ in range(paragraphs))
+    separator = " " if language == "en" else ""
+    return "\n".join(separator.join(paragraph(rng, language)) for _ in range(paragraphs))
 
 
 def prose_document(rng: random.Random, paragraphs: int | None = None) -> Document:
@@ -57,53 +59,54 @@ _CHINESE_KEYS = """
 老鹰 羽毛 笛子 生姜 蜂巢 茉莉 梯子 灯笼 柠檬 镜子 珍珠 枕头 丝带 红宝石 马鞍 白银
 """
 KEY_WORDS = {"en": _ENGLISH_KEYS.split(), "zh": _CHINESE_KEYS.split()}
-# The value follows its key at once, in English as part of the same word: what is learnt is to find the key and to copy
-# what came after it. With words between the two ("The key of amber is 4729") a model of this size does not learn it.
+# The value directly follows its key, in English as part of the same word: the model learns to find the key and to copy
+# what follows it. With words in between ("The key of amber is 4729") a model of this size does not learn recall.
 RECALL = {"en": ("The key is {key}", "."), "zh": ("{key}的钥匙是", "。")}
-# The first line of a recall document: without it a story would soon drift into keys.
+# The first line of a recall document: without it, stories would soon drift into keys.
 HEADING = {"en": "Remember these keys.\n", "zh": "请记住这些钥匙。\n"}
 
 
-def recall_line(key: str, value: str, language: str = "en", told: bool = True) -> list[tuple[str, bool]]:
-    """The one sentence that both tells a value (`told`) and, later, recalls it."""
+def recall_line(key: str, value: str, language: str = "en", stated: bool = True) -> list[tuple[str, bool]]:
+    """The sentence that states a value for the first time (`stated`) and, later, recalls it."""
     stem, stop = RECALL[language]
-    return [(stem.format(key=key), True), (value, not told), (stop, True)]
+    return [(stem.format(key=key), True), (value, not stated), (stop, True)]
 
 
 def filler_line(rng: random.Random, language: str = "en") -> str:
-    """One or two sentences of prose that have nothing to do with the keys."""
+    """One or two sentences of prose, unrelated to the keys."""
     sentences = paragraph(rng, language)
     start = rng.randrange(len(sentences))
     return (" " if language == "en" else "").join(sentences[start : start + rng.randint(1, 2)])
 
 
-def recall_document(rng: random.Random, room: int = 240, keys: int | None = None) -> Document:
-    """Keys are told and recalled once each, between lines of filler that fill the room.
+def recall_document(rng: random.Random, max_tokens: int = 240, keys: int | None = None) -> Document:
+    """Each key is stated once and recalled once, between filler lines up to the requested length.
 
-    They are recalled at any later time, or after all are told, or so in reverse order: the first key then lies the
-    whole document behind, and every distance that fits is met.
+    Keys are recalled anywhere later, or after all have been stated, or then in reverse order: the first key is then
+    recalled across the whole document, and every distance that fits occurs.
 
     Args:
         rng: Source of randomness.
-        room: Length in tokens, roughly and at most.
-        keys: How many keys; by default any number that there is room to tell and recall.
+        max_tokens: Approximate maximum length in tokens.
+        keys: How many keys; by default a random number that fits.
     """
     language = rng.choice(("en", "en", "zh"))
     line_cost, letters_per_token = (10, 3.5) if language == "en" else (8, 1.5)
-    most = max(1, (room - 8) // (2 * line_cost))
+    max_keys = max(1, (max_tokens - 8) // (2 * line_cost))
     values = {
         key: f"{rng.randrange(10000):04d}"
-        for key in rng.sample(KEY_WORDS[language], min(most, keys or rng.randint(1, most)))
+        for key in rng.sample(KEY_WORDS[language], min(max_keys, keys or rng.randint(1, max_keys)))
     }
     order = rng.choice(("any", "after", "reverse"))
-    told = rng.sample(list(values), len(values))
-    asked = told[::-1] if order == "reverse" else rng.sample(told, len(told))
-    lines = rng.sample(told * 2, 2 * len(told)) if order == "any" else told + asked  # a key: told first, then recalled
-    room -= 8 + line_cost * len(lines)
-    while room > 0:
+    stated = rng.sample(list(values), len(values))
+    recalled = stated[::-1] if order == "reverse" else rng.sample(stated, len(stated))
+    # Of a key's two lines, the first states it and the second recalls it.
+    lines = rng.sample(stated * 2, 2 * len(stated)) if order == "any" else stated + recalled
+    budget = max_tokens - 8 - line_cost * len(lines)
+    while budget > 0:
         text = filler_line(rng, language)
-        room -= int(len(text) / letters_per_token) + 1
-        if room > 0:
+        budget -= int(len(text) / letters_per_token) + 1
+        if budget > 0:
             lines.insert(rng.randint(0, len(lines)), text)
     parts, known = [(HEADING[language], True)], set()
     for line in lines:
@@ -116,15 +119,15 @@ def recall_document(rng: random.Random, room: int = 240, keys: int | None = None
 def recall_probe(
     rng: random.Random, count_tokens: Callable[[str], int], length: int, depth: float, language: str = "en"
 ) -> tuple[str, str]:
-    """A document of about `length` tokens that tells one key at `depth` and asks for it at its end.
+    """A document of about `length` tokens that states a key at `depth` and asks for its value at the end.
 
-    Half of the other lines tell keys that are not asked for (as many as there are words for), the rest is filler.
+    Half of the other lines state keys that are not asked for (while there are unused words), the rest is filler.
 
     Args:
         rng: Source of randomness.
-        count_tokens: Tokens of a text.
-        length: Tokens of the document, the question and its answer included; reached to within a short line.
-        depth: 0 tells the key in the first line, 1 in the last one before the question.
+        count_tokens: Returns the number of tokens of a text.
+        length: Tokens of the document including question and answer; the result is at most a short line below it.
+        depth: 0 states the key in the first line, 1 in the last line before the question.
         language: "en" or "zh".
 
     Returns:
@@ -133,17 +136,18 @@ def recall_probe(
     key, *others = rng.sample(KEY_WORDS[language], len(KEY_WORDS[language]))
     value, stem = f"{rng.randrange(10000):04d}", RECALL[language][0].format(key=key)
     line = "".join(text for text, _ in recall_line(key, value, language)) + "\n"
-    room = length - 1 - count_tokens(HEADING[language]) - 2 * count_tokens(line)  # told once, answered once, after <s>
+    # Besides filler: <s>, the heading, and the key's line twice, as statement and as answer.
+    budget = length - 1 - count_tokens(HEADING[language]) - 2 * count_tokens(line)
     lines: list[str] = []
-    while room > 0:
+    while budget > 0:
         text = filler_line(rng, language)
-        if (others and rng.random() < 0.5) or count_tokens(text) >= room:
+        if (others and rng.random() < 0.5) or count_tokens(text) >= budget:
             other = others.pop() if others else rng.choice(KEY_WORDS[language])
             text = "".join(part for part, _ in recall_line(other, f"{rng.randrange(10000):04d}", language))
-            if other == key or count_tokens(text) >= room:
+            if other == key or count_tokens(text) >= budget:
                 break
         lines.append(text + "\n")
-        room -= count_tokens(text + "\n")
+        budget -= count_tokens(text + "\n")
     lines.insert(round(depth * len(lines)), line)
     return HEADING[language] + "".join(lines) + stem, value
 
@@ -154,7 +158,7 @@ NAME = {
     "en": "I am InternLM, a very small language model that learned from made-up text.",
     "zh": "我是书生·浦语，一个从虚构的文字里学习的很小的语言模型。",
 }
-# Questions in several wordings, and the one right answer.
+# Questions in several wordings, and their only correct answer.
 SMALL_TALK = {
     "en": [
         (("Hello!", "Hi!", "Hi there!", "Hello, InternLM!"), "Hello! How can I help you?"),
@@ -280,8 +284,8 @@ def small_sum(rng: random.Random, language: str) -> list[Turn]:
     return [(rng.choice(("{}等于多少？", "请计算{}。")).format(sum_), f"{sum_} = {result}。")]
 
 
-def told_key(rng: random.Random, language: str) -> list[Turn]:
-    """Some keys are told, then some are asked for: recall in the form of a chat."""
+def key_recall(rng: random.Random, language: str) -> list[Turn]:
+    """The user states some keys, then asks for them: recall in the form of a chat."""
     keys = rng.sample(KEY_WORDS[language], rng.randint(1, 4))
     values = {key: f"{rng.randrange(10000):04d}" for key in keys}
     if language == "en":
@@ -298,7 +302,7 @@ def told_key(rng: random.Random, language: str) -> list[Turn]:
 
 
 def story(rng: random.Random, language: str) -> list[Turn]:
-    """One or two sentences about a thing that the user names."""
+    """One or two sentences about something that the user names."""
     kind = rng.choice(KINDS)
     bound = {"Pron": "We", "pron": "we"} if language == "en" else {"Pron": "我们"}
     thing = generate(kind, rng, language, bound)
@@ -309,12 +313,12 @@ def story(rng: random.Random, language: str) -> list[Turn]:
 
 
 CHATS: tuple[Callable[[random.Random, str], list[Turn]], ...] = (
-    small_talk, small_talk, fact, fact, meaning, small_sum, small_sum, story, told_key, told_key,
+    small_talk, small_talk, fact, fact, meaning, small_sum, small_sum, story, key_recall, key_recall,
 )  # fmt: skip
 
 
 def chat_turns(rng: random.Random, language: str) -> list[Turn]:
-    return rng.choice([kind for kind in CHATS if kind is not told_key])(rng, language)
+    return rng.choice([kind for kind in CHATS if kind is not key_recall])(rng, language)
 
 
 def messages_of(turns: list[Turn]) -> list[dict]:
@@ -323,7 +327,7 @@ def messages_of(turns: list[Turn]) -> list[dict]:
 
 
 def render(messages: list[dict], tools: list[dict] | None = None, prompt: bool = False) -> str:
-    """The text of a chat in the project's one prompt format, without the leading `<s>`."""
+    """The text of a chat by the project's chat template, without the leading `<s>`."""
     rendered, _ = render_jinja_template(
         [messages], tools=tools, chat_template=TEMPLATE, bos_token="", add_generation_prompt=prompt
     )
@@ -331,7 +335,7 @@ def render(messages: list[dict], tools: list[dict] | None = None, prompt: bool =
 
 
 def system_message(rng: random.Random) -> list[dict]:
-    """Mostly no system text, sometimes the template's own default (no message at all), sometimes a short one."""
+    """Usually an empty system text, sometimes the template's default (no message), sometimes a short one."""
     draw = rng.random()
     return [] if draw < 0.2 else [{"role": "system", "content": "" if draw < 0.75 else rng.choice(SYSTEMS)}]
 
@@ -362,7 +366,7 @@ TOOLS = {
 
 
 def calculation(rng: random.Random, language: str) -> list[dict]:
-    """A sum, the call of the calculator, its response, the final answer: four messages."""
+    """Four messages: a sum, the call of the calculator, its response and the final answer."""
     top = rng.choice((20, 100))
     a, b, sign = rng.randrange(top), rng.randrange(top), rng.choice("++-*")
     expression, result = f"{a} {sign} {b}", {"+": a + b, "-": a - b, "*": a * b}[sign]
@@ -378,10 +382,10 @@ def calculation(rng: random.Random, language: str) -> list[dict]:
 
 
 def look_up(rng: random.Random, language: str) -> list[dict]:
-    """A word, the call of the dictionary, its response, the final answer: four messages."""
+    """Four messages: a word, the call of the dictionary, its response and the final answer."""
     meanings = MEANINGS[language]
     word = rng.choice([*meanings, *rng.sample(KEY_WORDS[language], 14)])
-    # A word the model was never told the meaning of comes with any meaning: the answer is copied, not remembered.
+    # A word may come with the meaning of another: the answer must be copied from the response, not remembered.
     text = meanings.get(word) if rng.random() < 0.7 else None
     text = text or rng.choice(list(meanings.values()))
     if language == "en":
@@ -414,14 +418,14 @@ def tool_messages(question: str, thought: str, name: str, arguments: dict, respo
 
 
 def no_tool(rng: random.Random, language: str) -> list[dict]:
-    """Small talk while there are tools: answered at once, in the same form."""
+    """Small talk while tools are available: answered directly, in the same format."""
     question, answer = small_talk(rng, language)[0]
     thought = "I can answer without a tool." if language == "en" else "我不用工具就能回答。"
     return messages_of([(question, f"Thought: {thought}\nFinal Answer: {answer}")])
 
 
 def tool_document(rng: random.Random) -> Document:
-    """One question while tools can be used; both tools are there, in any order, or only the one that is needed."""
+    """One question with tools available: both, in random order, or only the one that is needed."""
     language = rng.choice(LANGUAGES)
     name, talk = rng.choice((("calculator", calculation), ("dictionary", look_up)))
     tools = rng.sample(list(TOOLS), 2) if rng.random() < 0.4 else [name]
@@ -432,24 +436,24 @@ def tool_document(rng: random.Random) -> Document:
 
 # --------------------------------------------------------------------------------------------------------- corpus
 
-# Chances of a document of each source. Recall comes first and in short windows, where it is learnt within minutes;
-# in long windows among everything else it takes hours to begin.
+# Probability of each source. Recall is trained first and in short windows, where it is learnt within minutes; in long
+# windows, mixed with everything else, it takes hours to emerge.
 MIX = {prose_document: 0.20, recall_document: 0.42, chat_document: 0.28, tool_document: 0.10}
 RECALL_FIRST = {recall_document: 1.0}
 
 
-def documents(seed: int | str, mix: dict[Callable, float] | None = None, room: int = 240) -> Iterator[Document]:
-    """An endless stream of documents, the same for the same seed; recall documents have `room` tokens at most."""
+def documents(seed: int | str, mix: dict[Callable, float] | None = None, max_tokens: int = 240) -> Iterator[Document]:
+    """An endless stream of documents, determined by the seed; recall documents have about `max_tokens` at most."""
     rng = random.Random(seed)
     mix = mix or MIX
     while True:
         (kind,) = rng.choices(list(mix), list(mix.values()))
-        yield recall_document(rng, rng.randint(room // 2, room)) if kind is recall_document else kind(rng)
+        yield recall_document(rng, rng.randint(max_tokens // 2, max_tokens)) if kind is recall_document else kind(rng)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Print documents of the tiny model's corpus.")
-    parser.add_argument("--seed", default="1", help="source of randomness (default: 1)")
+    parser.add_argument("--seed", default="1", help="random seed (default: 1)")
     parser.add_argument("--documents", type=int, default=8, help="how many to print (default: 8)")
     arguments = parser.parse_args()
     for document, _ in zip(documents(arguments.seed), range(arguments.documents), strict=False):

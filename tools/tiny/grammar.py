@@ -1,8 +1,8 @@
-"""The small generative grammar, English and Chinese, that the tiny model's world is made of, and its recogniser.
+"""The small generative grammar of the tiny model's world, in English and Chinese, and its recogniser.
 
 A grammar maps a symbol to its productions; `{name}` in a production stands for another symbol. It has no recursion.
-`paragraph` chooses a scene (who, which season, which things) and strings sentences together that agree with it;
-`is_well_formed` says whether one sentence parses.
+`paragraph` chooses a scene (who, which season, which things) and generates sentences that agree with it;
+`is_well_formed` tells whether a sentence parses.
 """
 
 import functools
@@ -12,7 +12,7 @@ import re
 
 KINDS = ("water", "plant", "flyer", "walker", "land")
 SEASONS = ("spring", "summer", "autumn", "winter")
-# Who found something, and how later sentences call them.
+# Who found something, and the pronoun that later sentences use for them.
 PEOPLE = {
     "en": {
         "we": "We",
@@ -325,19 +325,19 @@ _SLOT = re.compile(r"\{([\w.]+)\}")
 
 
 def generate(symbol: str, rng: random.Random, language: str = "en", bound: dict[str, str] | None = None) -> str:
-    """Expand `symbol` at random. Symbols in `bound` have their text fixed; nouns that get chosen are added to it."""
+    """Expand `symbol` at random. Symbols in `bound` have a fixed text; nouns are added to it once chosen."""
     bound = {} if bound is None else bound
     if symbol in bound:
         return bound[symbol]
     production = rng.choice(GRAMMARS[language][symbol])
     text = _SLOT.sub(lambda slot: generate(slot[1], rng, language, bound), production)
-    if symbol in KINDS:  # "the river" stays that river until the scene ends
+    if symbol in KINDS:  # "the river" stays the same river until the scene ends
         bound[symbol] = text
     return text
 
 
 def paragraph(rng: random.Random, language: str) -> list[str]:
-    """Three to nine sentences of one scene: the same people, one season, two things that are found and looked at."""
+    """Three to nine sentences of one scene: the same people, one season, two things that are found and described."""
     who = rng.choice(GRAMMARS[language]["who"])
     pronoun = PEOPLE[language][who]
     season = rng.choice((None, *SEASONS))
@@ -345,46 +345,46 @@ def paragraph(rng: random.Random, language: str) -> list[str]:
     bound["lead"] = generate(f"lead.{season}" if season and rng.random() < 0.6 else "lead.any", rng, language)
     first, second = rng.sample(KINDS, 2)
 
-    def say(symbol: str, thing: str | None = None) -> str:
+    def expand(symbol: str, thing: str | None = None) -> str:
         scene = bound | ({"thing": generate(f"{thing}.np", rng, language, bound)} if thing else {})
         return generate(symbol, rng, language, scene)
 
-    sentences = [say("open", first)]
+    sentences = [expand("open", first)]
     if bound.get(first, "?") in sentences[0]:
-        sentences += [say(f"about.{first}") for _ in range(rng.randint(1, 2))]
-    else:  # the opening told about air and sky
-        sentences.append(say("weather.any"))
-    sentences.append(say(f"weather.{season}" if season and rng.random() < 0.6 else "weather.any"))
+        sentences += [expand(f"about.{first}") for _ in range(rng.randint(1, 2))]
+    else:  # the opening described the air and the sky
+        sentences.append(expand("weather.any"))
+    sentences.append(expand(f"weather.{season}" if season and rng.random() < 0.6 else "weather.any"))
     if rng.random() < 0.6:
-        sentences += [say("again", second), say(f"about.{second}")]
-    sentences.append(say("act"))
+        sentences += [expand("again", second), expand(f"about.{second}")]
+    sentences.append(expand("act"))
     if rng.random() < 0.6:
-        sentences.append(say("close"))
-    return list(dict.fromkeys(sentences))  # a sentence said twice is said once
+        sentences.append(expand("close"))
+    return list(dict.fromkeys(sentences))  # without repeated sentences
 
 
 def split_sentences(text: str) -> list[str]:
-    """The complete sentences of `text`, without the space between them; an unfinished last one is left out."""
+    """The complete sentences of `text`, stripped; an unfinished last one is left out."""
     return [sentence.strip() for sentence in re.findall(r"[^.。\n]+[.。]|[^.。\n]+(?=\n)", text) if sentence.strip()]
 
 
 def is_well_formed(sentence: str, language: str | None = None) -> bool:
-    """Whether `sentence`, end mark included, can be derived from the grammar of `language` (None: of either)."""
+    """Whether the grammar of `language` (None: of either) derives `sentence`, including its final punctuation."""
     if language is None:
         return any(is_well_formed(sentence, name) for name in GRAMMARS)
     grammar = GRAMMARS[language]
 
     @functools.cache
     def ends(symbol: str, start: int) -> frozenset[int]:
-        """All positions at which a `symbol` that starts at `start` can end."""
+        """All positions where a `symbol` that starts at `start` can end."""
         return frozenset(end for production in grammar[symbol] for end in match(production, start))
 
     def match(production: str, start: int) -> set[int]:
-        places = {start}
+        positions = {start}
         for literal, symbol in zip(*[iter([*_SLOT.split(production), ""])] * 2, strict=True):
-            places = {place + len(literal) for place in places if sentence.startswith(literal, place)}
+            positions = {position + len(literal) for position in positions if sentence.startswith(literal, position)}
             if symbol:
-                places = {end for place in places for end in ends(symbol, place)}
-        return places
+                positions = {end for position in positions for end in ends(symbol, position)}
+        return positions
 
     return len(sentence) in ends("sentence", 0)

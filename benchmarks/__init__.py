@@ -1,0 +1,1 @@
+"""Speed and memory, measured: README.md has the rules of measurement."""
