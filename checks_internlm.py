@@ -154,10 +154,12 @@ def check_indexes(folder: str) -> None:
                 index = json.loads(file.read())
             _, shards = dict(index["metadata"]), set(index["weight_map"].values())
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-            raise ValueError(f"{path} is not an index of weights ({error!r}): download it again.") from error
+            raise ValueError(f"{path} is not an index of weights ({error!r}): fetch it again.") from error
         for shard in shards:
             if not isinstance(shard, str) or "/" in shard or "\\" in shard:
-                raise ValueError(f"{path} names {shard!r}, a file outside its folder: do not use this checkpoint.")
+                raise ValueError(
+                    f"{path} places weights in {shard!r}, outside its folder: do not use this checkpoint."
+                )
 
 
 def check_keys(model: Any, missing: Iterable[str], unexpected: Iterable[str]) -> None:
@@ -178,9 +180,7 @@ def check_keys(model: Any, missing: Iterable[str], unexpected: Iterable[str]) ->
             f'"bias": {"true" if surplus else "false"} in its config.json (true for the 7B models, false for the 20B).'
         )
     if missing:
-        raise ValueError(
-            f"The checkpoint lacks {len(missing)} parameters, {min(missing)} among them: download it again."
-        )
+        raise ValueError(f"The checkpoint lacks {len(missing)} parameters, {min(missing)} among them: fetch it again.")
 
 
 def check_finite(model: nn.Module) -> None:
@@ -196,5 +196,5 @@ def check_finite(model: nn.Module) -> None:
         if weight.is_floating_point() and not weight.sum().isfinite() and not weight.isfinite().all():
             raise ValueError(
                 f"{name} holds NaN or infinite values in {weight.dtype}: load the checkpoint in the dtype that it was "
-                "saved in, or download it again."
+                "saved in, or fetch it again."
             )

@@ -923,19 +923,19 @@ UNSOUND = {
         "auto_map's AutoModel names modeling_internlm.Nothing",
     ),
     "a foreign import": (
-        lambda f: replace(f / "modeling_internlm.py", "import threading", "import einops.layers"),
+        lambda f: replace(f / "modeling_internlm.py", "import itertools", "import einops.layers"),
         r"modeling_internlm.py, line \d+: users may not have einops.layers",
     ),
     "a missing sibling": (
-        lambda f: replace(f / "modeling_internlm.py", "import threading", "from .absent_internlm import absent"),
+        lambda f: replace(f / "modeling_internlm.py", "import itertools", "from .absent_internlm import absent"),
         r"modeling_internlm.py, line \d+: imports .absent_internlm, but the folder lacks absent_internlm.py",
     ),
     "a sibling imported from the package": (
-        lambda f: replace(f / "modeling_internlm.py", "import threading", "from . import absent_internlm"),
+        lambda f: replace(f / "modeling_internlm.py", "import itertools", "from . import absent_internlm"),
         r"modeling_internlm.py, line \d+: imports .absent_internlm, but the folder lacks absent_internlm.py",
     ),
     "a sibling in the parent package": (
-        lambda f: replace(f / "modeling_internlm.py", "import threading", "from ..tools import package"),
+        lambda f: replace(f / "modeling_internlm.py", "import itertools", "from ..tools import package"),
         r"modeling_internlm.py, line \d+: imports ..tools, but the folder lacks",
     ),
     "card": (lambda f: replace(f / "README.md", "license: ", "licence: "), "must give at least a license"),
@@ -966,6 +966,6 @@ def test_nan_in_the_weights_is_found(tmp_path: Path) -> None:
 def test_a_folder_that_does_not_load_is_reported_with_its_error(old: Path, tmp_path: Path) -> None:
     """The fresh process's message, in one line."""
     assembly = assemble(old, tmp_path / "out", "internlm-tiny", progress=False)
-    replace(assembly.out / "modeling_internlm.py", "import threading", "raise RuntimeError('broken on purpose')")
+    replace(assembly.out / "modeling_internlm.py", "import itertools", "raise RuntimeError('broken on purpose')")
     with pytest.raises(errors.LocalCheckFailed, match="does not load: RuntimeError: broken on purpose"):
         check_loading(str(assembly.out))
