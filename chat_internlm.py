@@ -86,7 +86,7 @@ class InternLMChatMixin:
     ) -> Iterator[tuple[str, History]]:
         """`chat`, streamed: yields (response so far, history with it); the last pair is what `chat` returns.
 
-        Generation runs in a thread of its own. Its errors are raised here, and it stops when the iterator is closed.
+        Generation runs in a separate thread. Its errors are raised here, and it stops when the iterator is closed.
 
         Args:
             tokenizer, query, history, max_new_tokens, do_sample, temperature, top_p, kwargs: As for `chat`, except

@@ -1,6 +1,6 @@
-"""What is refused or warned of, when a checkpoint is loaded and when the model is called, and in which words.
+"""Checks and warnings, when the model is called and when a checkpoint is loaded, and their messages.
 
-A check stands here where torch and transformers would be silently wrong, or fail in words that do not help.
+A check is here where torch and transformers would be silently wrong, or fail with a message that does not help.
 """
 
 import json
@@ -18,11 +18,11 @@ from .configuration_internlm import InternLMConfig
 
 logger = logging.get_logger(__name__)
 
-# Beyond this multiple of the trained window nobody has seen dynamic NTK work.
+# Dynamic NTK is not known to work beyond this multiple of the trained window.
 _MAX_SENSIBLE_WINDOWS = 8
 
 
-# At a call
+# Calls
 
 
 def embed(embedding: nn.Embedding, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
@@ -104,7 +104,7 @@ def check_mask(attention_mask: torch.Tensor, key_length: int, cache: Cache | Non
 
 
 def explain_cache_error(error: Exception) -> None:
-    """Raise a clearer error in place of one that a cache raised when new keys did not fit it."""
+    """Raise a clearer error for one that a cache raised because new keys did not fit."""
     if not isinstance(error, torch.OutOfMemoryError):
         raise ValueError(
             f"The cache cannot take these tokens ({error}): it belongs to another model, has another batch size, or "
@@ -140,7 +140,7 @@ def warn_of_continuous_batching(config: InternLMConfig) -> None:
         )
 
 
-# At loading
+# Loading
 
 
 def check_indexes(folder: str) -> None:

@@ -8,8 +8,9 @@
 * the loss never holds float32 copies of all logits;
 * `chat` and `stream_chat` use the checkpoint's own prompt format: chat_internlm.py.
 
-What differs between versions of transformers is in compat_internlm.py, and what is refused in checks_internlm.py. This
-file imports all siblings directly, because transformers 4.57 copies no others when it loads a folder.
+Version differences of transformers are in compat_internlm.py, checks of calls and checkpoints in checks_internlm.py,
+and what torch.compile gets on a CPU in compile_internlm.py. This file imports all siblings directly, because
+transformers 4.57 copies no others when it loads a folder.
 
 Shapes: B batch, Q new tokens, K keys including the new ones, H heads, D head_dim, E hidden_size, V vocab_size.
 """
@@ -17,12 +18,10 @@ Shapes: B batch, Q new tokens, K keys including the new ones, H heads, D head_di
 import itertools
 import os
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.activations import ACT2FN
@@ -56,11 +55,11 @@ from .compat_internlm import (
     cache_length,
     capture_outputs,
     causal_mask,
-    is_compiling,
     merge_with_config_defaults,
     resolve_cache,
     update_cache,
 )
+from .compile_internlm import explicit_matvec
 from .configuration_internlm import InternLMConfig
 from .rotary_internlm import attend, corrected_attention, key_positions, rotary_tables, rotate
 
@@ -86,33 +85,6 @@ class InternLMRMSNorm(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"
-
-
-class WrittenOutProducts(TorchFunctionMode):
-    """Inside, the product of one token with a weight is written out for torch.compile on a CPU.
-
-    The weight is all that such a product reads, and the CPU's math libraries read it with one core: inductor's own
-    loop, which uses all of them, takes half the time on two (benchmarks/cpu.py, "compiled"). A mode and not a subclass
-    of nn.Linear: bitsandbytes, GPTQ, HQQ and others quantise exactly nn.Linear, and skip subclasses in silence.
-    """
-
-    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        # A quantised or sharded weight is a subclass of Parameter, with a product of its own.
-        if func is nn.functional.linear and type(args[1]) is nn.Parameter and is_one_token_on_cpu(args[0]):
-            states, weight, bias = (*args, None)[:3]
-            product = (states.float().unsqueeze(-2) * weight.float()).sum(-1)
-            return (product if bias is None else product + bias).to(states.dtype)
-        return func(*args, **(kwargs or {}))
-
-
-def is_one_token_on_cpu(states: torch.Tensor) -> bool:
-    return states.device.type == "cpu" and states.shape[:-1].numel() == 1
-
-
-def written_out_products(states: torch.Tensor) -> AbstractContextManager:
-    """The context for linear layers on `states`, (B, Q, E)."""
-    # First whether it compiles: to ask for an export's number of tokens would fix it.
-    return WrittenOutProducts() if is_compiling() and is_one_token_on_cpu(states) else nullcontext()
 
 
 class InternLMMLP(nn.Module):
@@ -186,9 +158,9 @@ class InternLMAttention(nn.Module):
             attn_implementation, eager_attention_forward
         )
         if corrections:
-            states = queries, keys, values, attention_mask
+            states, correction = (queries, keys, values, attention_mask), (corrections, cache_position)
             output, weights = corrected_attention(
-                attention_interface, self, *states, corrections, cache_position, scaling=self.scaling, **kwargs
+                attention_interface, self, *states, *correction, dropout=0.0, scaling=self.scaling, **kwargs
             )
         else:
             output, weights = attention_interface(
@@ -295,22 +267,22 @@ class InternLMModel(InternLMPreTrainedModel):
         check_inputs(inputs_embeds, attention_mask, position_ids, cache, num_layers, len(self.layers))
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
-        own_cache = cache if isinstance(cache, Cache) else None
+        library_cache = cache if isinstance(cache, Cache) else None
         position_ids, cache_position, key_length = self._positions(
-            inputs_embeds, attention_mask, position_ids, own_cache, kwargs.pop("cache_position", None)
+            inputs_embeds, attention_mask, position_ids, library_cache, kwargs.pop("cache_position", None)
         )
         mask = None
-        if not self._sees_all_keys(inputs_embeds, attention_mask, own_cache):
-            mask = causal_mask(self.config, inputs_embeds, attention_mask, own_cache, position_ids, cache_position)
-        # generate_batch passes a cache that is none of the library's, and vLLM and SGLang pass attention_instances.
-        engine_managed = cache is not own_cache or "attention_instances" in kwargs
+        if not self._sees_all_keys(inputs_embeds, attention_mask, library_cache):
+            mask = causal_mask(self.config, inputs_embeds, attention_mask, library_cache, position_ids, cache_position)
+        # generate_batch passes a cache that is no library cache; vLLM and SGLang pass attention_instances.
+        engine_managed = cache is not library_cache or "attention_instances" in kwargs
         key_source = "engine" if engine_managed else "forward" if cache is None else "cache"
         tables = rotary_tables(self.config, inputs_embeds, position_ids, attention_mask, mask, key_length, key_source)
         position_embeddings = (*tables, cache_position)
         attn_implementation = self.config._attn_implementation
 
         hidden_states = inputs_embeds
-        with written_out_products(hidden_states):
+        with explicit_matvec(hidden_states):
             for layer in itertools.islice(self.layers, num_layers):
                 hidden_states = layer(
                     hidden_states,
@@ -321,7 +293,7 @@ class InternLMModel(InternLMPreTrainedModel):
                     cache=cache,
                     **kwargs,
                 )
-        with_cache: dict[str, Any] = {CACHE: own_cache}
+        with_cache: dict[str, Any] = {CACHE: library_cache}
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **with_cache)
 
     def _positions(
@@ -428,7 +400,7 @@ class InternLMForCausalLM(InternLMPreTrainedModel, InternLMChatMixin, Generation
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         hidden_states = outputs.last_hidden_state[:, kept]
-        with written_out_products(hidden_states):
+        with explicit_matvec(hidden_states):
             logits = self.lm_head(hidden_states)
         loss = None
         if labels is not None:

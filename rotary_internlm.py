@@ -8,7 +8,7 @@ a query or key at position p by p * inv_freq_i(L), where
 so the base grows to base * ratio ** (d / (d - 2)): for d = 128, M = 4096, base 10000 it is 10000 at L = 4096, 20221.3
 at 8192 and 40889.9 at 16384. (Source: the official InternLM v1 code; the idea is bloc97's, 2023.)
 
-The official code rotates every cached key anew at every step. Here keys are cached rotated with the trained
+The official code rotates every cached key again at every step. Here keys are cached rotated with the trained
 inv_freq(M), as Llama's are, so nothing differs up to M. Two rotations add their angles: when keys can lie beyond M,
 queries and the keys from the cache are rotated once more, by position * (inv_freq(L) - inv_freq(M)). This is the
 *correction*. Its positions count the row's own tokens; only their differences matter, so left padding and offset
