@@ -1,7 +1,8 @@
 """What torch.compile gets on a CPU: the product of one token with a weight, as an expression that uses every core.
 
-Such a product is bound by reading the weight, which the CPU's math libraries do with one core. inductor's own loop
-uses all of them and takes half the time on two (benchmarks/cpu.py, "compiled").
+Such a product is bound by reading the weight. On an AMD EPYC the CPU's math library does that with one core, and
+inductor's own loop, which uses all of them, takes half the time on two; on an Intel Xeon it gains less
+(benchmarks/cpu.py, "compiled").
 
 It is a mode around the layers, not a subclass of nn.Linear: bitsandbytes, GPTQ, HQQ, fine-grained FP8 and others
 quantise exactly nn.Linear and silently skip subclasses. And since each layer is called as a module, hooks, replaced

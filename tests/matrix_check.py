@@ -27,6 +27,8 @@ from transformers import (
 )
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
+from tools.package import MODULES
+
 from support.golden import CHECKPOINTS, assert_near, jsonl, load
 from support.paths import GOLDEN, ROOT
 
@@ -126,6 +128,7 @@ def test_loading_a_saved_copy(folders, name, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     model.save_pretrained(copy)
     tokenizer.save_pretrained(copy)
+    assert {path.name for path in copy.glob("*.py")} == set(MODULES)
     shutil.rmtree(folder)
 
     ids = [1, *range(20, 90)]

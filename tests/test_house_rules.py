@@ -75,3 +75,35 @@ def test_contributing_has_a_row_for_every_test_file():
     """A new test file needs a behaviour that it tests, and a row where a contributor finds it."""
     files = {str(path.relative_to(ROOT)) for path in ROOT.glob("tests/**/test_*.py")}
     assert files == set(re.findall(r"`(tests/[\w/]*test_\w+\.py)`", CONTRIBUTING))
+
+
+# What CONTRIBUTING's rule on names replaces: not the field's word -> the field's word.
+HOME_MADE = {
+    r"\btheta\b": "inv_freq, or rope_theta for the base",
+    r"\b[Tt]urned (by|once|back|keys|quer)": "rotated",
+    r"further turn": "correction",
+    r"handed (down|over)|[Tt]old (its|their) (places|positions)": "passed",
+    r"[Ff]ewest|MOST_": "min, max",
+    r"so many (numbers|tokens|logits|elements)": "at most N",
+    r"goes on where|it goes on\b": "resumes",
+    r"mistake in (this|the) tool": "bug",
+    r"no numbers": "NaN",
+    r"\breads on\b(?! disk)": "continues",
+}
+
+
+def test_no_page_or_module_uses_home_made_terms():
+    """In comments, messages, names and prose alike; the 2023 files and this one are left out."""
+    folders = ("", "benchmarks", "docs", "evaluation", "examples", "tests", "tests/*", "tools", "tools/*", "variants")
+    files = [
+        path for folder in folders for kind in ("py", "md") for path in ROOT.glob(f"{folder}/*.{kind}".lstrip("/"))
+    ]
+    assert len(files) > 100
+    found = [
+        f"{path.relative_to(ROOT)}: {match.group()!r} -> {better}"
+        for path in files
+        if path.name != "test_house_rules.py"
+        for term, better in HOME_MADE.items()
+        for match in re.finditer(term, path.read_text(encoding="utf-8"))
+    ]
+    assert not found, "\n".join(found)
