@@ -7,6 +7,8 @@ import torch
 from accelerate import cpu_offload
 from transformers import AutoModelForCausalLM, CompileConfig
 
+from tools import package
+
 from support.generation import PROMPTS, greedy_ids, greedy_rows, pad_left
 from support.golden import assert_near, load, new_cache
 
@@ -159,3 +161,33 @@ def test_compiled_steps_of_one_row_are_eager_steps(dtype, model, ids):
         errors.append([(found.float() - logits[-1]).abs().mean() for found in logits[:2]])
     compiled, eager = torch.tensor(errors).mean(0)
     assert compiled < max(1.2 * eager, 1e-4)
+
+
+@pytest.mark.parametrize("strict", (False, True))
+@torch.no_grad()
+def test_an_exported_program_keeps_its_products(model, ids, strict):
+    """They are for its runtime to choose; written out, they would also fix the number of tokens."""
+    program = torch.export.export(model, (), {"input_ids": ids[:1, :1], "use_cache": False}, strict=strict)
+    operators = [str(node.target) for node in program.graph.nodes]
+    assert sum("linear" in operator for operator in operators) == 7 * len(model.model.layers) + 1
+
+
+def test_a_written_out_product_sums_in_float32():
+    """(1 + 2^-7)^2 - (1 + 2^-6) is 2^-14, and nothing where bfloat16 rounds the products."""
+    linear = package.load("compile")._linear
+    states = torch.tensor([[[1 + 2**-7, 1]]]).bfloat16()
+    weight = torch.nn.Parameter(torch.tensor([[1 + 2**-7, -1 - 2**-6]]).bfloat16())
+    found = linear(states, weight)
+    assert found.dtype == torch.bfloat16 and found.item() == 2**-14
+
+
+def test_a_quantised_weight_keeps_its_own_product():
+    """Quantised and sharded weights are subclasses of Parameter that know how to multiply."""
+
+    class Quantised(torch.nn.Parameter):
+        @classmethod
+        def __torch_function__(cls, function, types, args=(), kwargs=None):
+            return "its own" if function is torch.nn.functional.linear else NotImplemented
+
+    weight = torch.ones(2, 3).as_subclass(Quantised)
+    assert package.load("compile")._linear(torch.ones(1, 1, 3), weight) == "its own"
