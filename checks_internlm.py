@@ -85,12 +85,19 @@ def check_inputs(
             f"attention_mask has shape {tuple(attention_mask.shape)} for {rows} rows: it must have shape (rows, all "
             "tokens so far), with 1 for tokens and 0 for padding."
         )
-    if isinstance(cache, tuple | list):
-        raise ValueError(
-            f"past_key_values is a {type(cache).__name__}: pass a transformers cache such as DynamicCache()."
-        )
     if isinstance(cache, Cache) and len(cache) and not min_layers <= len(cache) <= max_layers:
         raise ValueError(f"The cache has {len(cache)} layers, and this model {max_layers}: start with a new cache.")
+
+
+def check_cache_type(past_key_values: Any, cache: Any) -> None:
+    """Refuse what is not a cache. Only an engine passes one that is not the library's, and only as `cache`."""
+    wrong = None
+    if past_key_values is not None and not isinstance(past_key_values, Cache):
+        wrong = f"past_key_values is a {type(past_key_values).__name__}"
+    elif isinstance(cache, tuple | list):
+        wrong = f"cache is a {type(cache).__name__}"
+    if wrong is not None:
+        raise ValueError(f"{wrong}: pass a transformers cache, for example DynamicCache().")
 
 
 def check_mask(attention_mask: torch.Tensor, key_length: int, cache: Cache | None) -> None:

@@ -12,7 +12,7 @@ from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as _ATTENTION_FUNCTIONS
 
-from .checks_internlm import explain_cache_error, warn_of_dropped_cache
+from .checks_internlm import check_cache_type, explain_cache_error, warn_of_dropped_cache
 from .configuration_internlm import InternLMConfig
 
 
@@ -84,6 +84,7 @@ def resolve_cache(model: Any, past_key_values: Cache | None, cache: Any) -> Any:
 
     From 5.24 GradientCheckpointingLayer itself drops a `cache`; until 5.23 it knows the old name only.
     """
+    check_cache_type(past_key_values, cache)
     cache = past_key_values if cache is None else cache
     if cache is not None and model.gradient_checkpointing and model.training and torch.is_grad_enabled():
         warn_of_dropped_cache()

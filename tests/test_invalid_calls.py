@@ -177,6 +177,7 @@ WRONG_CACHES = {
         lambda m, ids: filled(m, ids, StaticCache(config=m.config, max_cache_len=11)),
         "a static cache that is full",
     ),
+    "a dict": (lambda m, ids: {"keys": torch.zeros(1, 4, 3, 32)}, "past_key_values is a dict: pass"),
     "a tuple": (lambda m, ids: ((torch.zeros(1, 4, 3, 32),) * 2,) * 4, "past_key_values is a tuple: pass"),
 }
 
