@@ -18,7 +18,7 @@ Shapes: B batch, Q new tokens, K keys including the new ones, H heads, D head_di
 import itertools
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -36,6 +36,7 @@ from transformers.modeling_layers import (
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
+from .cache_internlm import default_cache
 from .chat_internlm import InternLMChatMixin, refuse_chat
 from .checks_internlm import (
     check_finite,
@@ -266,7 +267,7 @@ class InternLMModel(InternLMPreTrainedModel):
         num_layers = self.config.num_hidden_layers  # fewer than there are in early-exit decoding
         check_inputs(inputs_embeds, attention_mask, position_ids, cache, num_layers, len(self.layers))
         if use_cache and cache is None:
-            cache = DynamicCache(config=self.config)
+            cache = default_cache(self.config)
         library_cache = cache if isinstance(cache, Cache) else None
         position_ids, cache_position, key_length = self._positions(
             inputs_embeds, attention_mask, position_ids, library_cache, kwargs.pop("cache_position", None)
@@ -412,6 +413,17 @@ class InternLMForCausalLM(InternLMPreTrainedModel, InternLMChatMixin, Generation
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """The library's, except that the DynamicCache it makes by default is one that grows in place."""
+        passed, library = model_kwargs.get(CACHE), cast("Any", super())
+        result = library._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        made = model_kwargs.get(CACHE)
+        if passed is None and type(made) is DynamicCache and not made.offloading:
+            model_kwargs[CACHE] = default_cache(self.config, generation_config.max_length - 1)
+        return result
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         """The library's (generate_batch and `transformers serve --continuous-batching` start here), with a warning."""
