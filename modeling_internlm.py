@@ -9,7 +9,7 @@
 * `chat` and `stream_chat` use the checkpoint's own prompt format: chat_internlm.py.
 
 Version differences of transformers are in compat_internlm.py, checks of calls and checkpoints in checks_internlm.py,
-and what torch.compile gets on a CPU in compile_internlm.py. This file imports all siblings directly, because
+how linear layers are called in linear_internlm.py. This file imports all siblings directly, because
 transformers 4.57 copies no others when it loads a folder.
 
 Shapes: B batch, Q new tokens, K keys including the new ones, H heads, D head_dim, E hidden_size, V vocab_size.
@@ -60,8 +60,8 @@ from .compat_internlm import (
     resolve_cache,
     update_cache,
 )
-from .compile_internlm import explicit_matvec
 from .configuration_internlm import InternLMConfig
+from .linear_internlm import Linear, call, linear_for
 from .rotary_internlm import attend, corrected_attention, key_positions, rotary_tables, rotate
 
 
@@ -96,8 +96,9 @@ class InternLMMLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
         self.act_fn = ACT2FN[config.hidden_act]
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+    def forward(self, hidden_states: torch.Tensor, linear: Linear = call) -> torch.Tensor:
+        gate, up = linear(self.gate_proj, hidden_states), linear(self.up_proj, hidden_states)
+        return linear(self.down_proj, self.act_fn(gate) * up)
 
 
 def eager_attention_forward(
@@ -138,18 +139,19 @@ class InternLMAttention(nn.Module):
         attn_implementation: str,
         attention_mask: torch.Tensor | None = None,
         cache: Cache | None = None,
+        linear: Linear = call,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         cos, sin, corrections, cache_position = position_embeddings
         input_shape = hidden_states.shape[:-1]
-        queries, keys = self.q_proj(hidden_states), self.k_proj(hidden_states)  # (B, Q, E)
+        queries, keys = linear(self.q_proj, hidden_states), linear(self.k_proj, hidden_states)  # (B, Q, E)
         if input_shape[-1] == 1:  # rotated together: for one token the number of operations is what costs
             both = torch.cat((queries, keys), dim=-1).view(input_shape[0], -1, 1, self.head_dim)
             queries, keys = rotate(both, cos, sin).chunk(2, dim=1)  # (B, H, Q, D)
         else:
             queries = rotate(queries.view(*input_shape, -1, self.head_dim).transpose(1, 2), cos, sin)
             keys = rotate(keys.view(*input_shape, -1, self.head_dim).transpose(1, 2), cos, sin)
-        values = self.v_proj(hidden_states).view(*input_shape, -1, self.head_dim).transpose(1, 2)
+        values = linear(self.v_proj, hidden_states).view(*input_shape, -1, self.head_dim).transpose(1, 2)
         if cache is not None:
             keys, values = update_cache(cache, keys, values, self.layer_idx, cache_position, kwargs)  # (B, H, K, D)
 
@@ -167,7 +169,7 @@ class InternLMAttention(nn.Module):
             output, weights = attention_interface(
                 self, queries, keys, values, attention_mask, dropout=0.0, scaling=self.scaling, **kwargs
             )
-        return self.o_proj(output.reshape(*input_shape, -1)), weights
+        return linear(self.o_proj, output.reshape(*input_shape, -1)), weights
 
 
 class InternLMDecoderLayer(GradientCheckpointingLayer):
@@ -178,10 +180,10 @@ class InternLMDecoderLayer(GradientCheckpointingLayer):
         self.input_layernorm = InternLMRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = InternLMRMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        attended, _ = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
+    def forward(self, hidden_states: torch.Tensor, linear: Linear = call, **kwargs: Any) -> torch.Tensor:
+        attended, _ = self.self_attn(self.input_layernorm(hidden_states), linear=linear, **kwargs)
         hidden_states = hidden_states + attended
-        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states), linear)
 
 
 class InternLMPreTrainedModel(PreTrainedModel):
@@ -282,18 +284,19 @@ class InternLMModel(InternLMPreTrainedModel):
         position_embeddings = (*tables, cache_position)
         attn_implementation = self.config._attn_implementation
 
+        linear = linear_for(inputs_embeds)
         hidden_states = inputs_embeds
-        with explicit_matvec(hidden_states):
-            for layer in itertools.islice(self.layers, num_layers):
-                hidden_states = layer(
-                    hidden_states,
-                    attention_mask=mask,
-                    position_ids=position_ids,
-                    position_embeddings=position_embeddings,
-                    attn_implementation=attn_implementation,
-                    cache=cache,
-                    **kwargs,
-                )
+        for layer in itertools.islice(self.layers, num_layers):
+            hidden_states = layer(
+                hidden_states,
+                attention_mask=mask,
+                position_ids=position_ids,
+                position_embeddings=position_embeddings,
+                attn_implementation=attn_implementation,
+                cache=cache,
+                linear=linear,
+                **kwargs,
+            )
         with_cache: dict[str, Any] = {CACHE: library_cache}
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **with_cache)
 
@@ -401,8 +404,7 @@ class InternLMForCausalLM(InternLMPreTrainedModel, InternLMChatMixin, Generation
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         hidden_states = outputs.last_hidden_state[:, kept]
-        with explicit_matvec(hidden_states):
-            logits = self.lm_head(hidden_states)
+        logits = linear_for(hidden_states)(self.lm_head, hidden_states)
         loss = None
         if labels is not None:
             loss = chunked_loss(self.loss_function, logits, labels, self.config.vocab_size, **kwargs)

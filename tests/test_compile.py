@@ -7,8 +7,7 @@ import torch
 from accelerate import cpu_offload
 from transformers import AutoModelForCausalLM, CompileConfig
 
-from tools import package
-
+from support.changes import CHANGES
 from support.generation import PROMPTS, greedy_ids, greedy_rows, pad_left
 from support.golden import assert_near, load, new_cache
 
@@ -82,23 +81,10 @@ class Operators:
         return graph.forward
 
 
-def double_output(module, inputs, output):
-    return output * 2 if isinstance(module, torch.nn.Linear) else None
-
-
-# Ways of changing what a linear layer computes, without replacing the module.
-CHANGES = {
-    "hook": lambda linear: linear.register_forward_hook(double_output),
-    "pre-hook": lambda linear: linear.register_forward_pre_hook(lambda _, inputs: (inputs[0] * 2,)),
-    "forward": lambda linear: setattr(linear, "forward", lambda states: torch.nn.Linear.forward(linear, states) * 2),
-    "global hook": lambda linear: torch.nn.modules.module.register_module_forward_hook(double_output),
-}
-
-
 @pytest.mark.parametrize("change", CHANGES)
 @torch.no_grad()
 def test_compiled_products_of_one_token_see_what_changes_a_layer(model, ids, change):
-    """Hooks, global ones too, and a replaced forward: what they change in eager mode they change when compiled."""
+    """Hooks, global ones too, a replaced forward or weight: they change a compiled step as they do an eager one."""
     here, caches = copy.deepcopy(model), [new_cache("static", model) for _ in range(2)]
     for cache in caches:
         here(ids[:1, :20], past_key_values=cache)
@@ -170,24 +156,3 @@ def test_an_exported_program_keeps_its_products(model, ids, strict):
     program = torch.export.export(model, (), {"input_ids": ids[:1, :1], "use_cache": False}, strict=strict)
     operators = [str(node.target) for node in program.graph.nodes]
     assert sum("linear" in operator for operator in operators) == 7 * len(model.model.layers) + 1
-
-
-def test_a_written_out_product_sums_in_float32():
-    """(1 + 2^-7)^2 - (1 + 2^-6) is 2^-14, and nothing where bfloat16 rounds the products."""
-    linear = package.load("compile")._linear
-    states = torch.tensor([[[1 + 2**-7, 1]]]).bfloat16()
-    weight = torch.nn.Parameter(torch.tensor([[1 + 2**-7, -1 - 2**-6]]).bfloat16())
-    found = linear(states, weight)
-    assert found.dtype == torch.bfloat16 and found.item() == 2**-14
-
-
-def test_a_quantised_weight_keeps_its_own_product():
-    """Quantised and sharded weights are subclasses of Parameter that know how to multiply."""
-
-    class Quantised(torch.nn.Parameter):
-        @classmethod
-        def __torch_function__(cls, function, types, args=(), kwargs=None):
-            return "its own" if function is torch.nn.functional.linear else NotImplemented
-
-    weight = torch.ones(2, 3).as_subclass(Quantised)
-    assert package.load("compile")._linear(torch.ones(1, 1, 3), weight) == "its own"

@@ -1,9 +1,12 @@
-"""torch.export of a prompt's forward and of a decode step with a static cache."""
+"""torch.export of a prompt's forward, with and without a cache, and of a decode step with a static cache."""
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
-from transformers.integrations.executorch import TorchExportableModuleForDecoderOnlyLM
+from transformers import AutoModelForCausalLM, DynamicCache
+from transformers.integrations.executorch import (
+    TorchExportableModuleForDecoderOnlyLM,
+    register_dynamic_cache_export_support,
+)
 
 from support.generation import PROMPTS, greedy_ids
 
@@ -40,3 +43,14 @@ def test_export_with_cache(tiny_dir, tiny_tokenizer):
         if position + 1 >= len(tokens):
             tokens.append(logits[0, -1].argmax().item())
     assert tokens[ids.shape[1] :] == expected
+
+
+@torch.no_grad()
+def test_an_export_that_returns_a_cache(tiny_model):
+    """With transformers' support for it: the cache that a program makes is of the library's class, which is known."""
+    register_dynamic_cache_export_support()
+    ids = torch.randint(5, 2000, (1, 9), generator=torch.Generator().manual_seed(0))
+    step = torch.export.export(tiny_model, (), {"input_ids": ids}, strict=False).module()
+    cache = step(input_ids=ids).cache
+    assert type(cache) is DynamicCache
+    torch.testing.assert_close(cache.layers[1].keys, tiny_model(ids).cache.layers[1].keys, atol=1e-5, rtol=1e-5)

@@ -31,7 +31,7 @@ STANDARD = {
     "struct",
     "threading",
 }
-STANDARD |= {"typing"}
+STANDARD |= {"time", "typing"}
 # All that is used of os and shutil: to read an index of weights, and to save a tokenizer.
 ALLOWED = {
     "os.PathLike",
