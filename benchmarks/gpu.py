@@ -217,7 +217,7 @@ class Bench:
         }
 
     def alone(self, sides: dict[str, Decoding], name: str, call: Callable[[], Any]) -> Any:
-        """`call` of one side, after the caches of the others are dropped: two of 20 GB do not fit beside the weights."""
+        """`call` of one side, after the others' caches are dropped: two of 20 GB do not fit beside the weights."""
         for other in sides.values():
             if other is not sides[name]:
                 other.context.drop()
@@ -281,7 +281,7 @@ class Bench:
     # Where the time goes
 
     def step_kernels(self, case: Case, length: int) -> None:
-        """Of an eager step: its time, and how much of it the device works; also with the other side's kind of cache."""
+        """Of an eager step: its time, and for how much of it the device works; with both kinds of growing cache."""
         kinds = {"ours": ("ours", "growing"), "llama": ("llama", "library")}
         kinds |= {"ours_library": ("ours", "library"), "llama_growing": ("llama", "growing")}
         sides = self.decodings(case, length, kinds)

@@ -140,8 +140,8 @@ def check_equal(first: torch.Tensor, second: torch.Tensor, what: str, layers: in
     In float32 the largest difference counts, relative to the largest value. In half precision it is the norm of the
     difference over the norm, which averages over the vocabulary, and the bound is 4 * eps * sqrt(layers): every layer
     rounds what it adds to the residual stream, and independent errors add up like a random walk. Ours and Llama were
-    measured at 0.2 to 1.0 eps * sqrt(layers), 256 to 5,120 wide and 2 to 60 layers deep. (For 60 layers in bfloat16 the
-    bound is 0.24, which only a gross error exceeds. `shallow_twins` is for the fine ones.)
+    measured at 0.2 to 1.0 eps * sqrt(layers), 256 to 5,120 wide and 2 to 60 layers deep. (For 60 layers in bfloat16
+    the bound is 0.24, which only a gross error exceeds. `shallow_twins` is for the fine ones.)
 
     Args:
         layers: Layers of the models.
