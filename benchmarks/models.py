@@ -112,22 +112,23 @@ def twins(shape: Shape, dtype: torch.dtype, device: str = "cpu") -> tuple[Intern
     return ours, sharing_weights(ours, LlamaForCausalLM, llama_config(shape))
 
 
-def shallow_twins(*models: torch.nn.Module, layers: int = 2) -> tuple[torch.nn.Module, ...]:
-    """Float32 copies of models that share their weights, with the first layers only; the copies share theirs.
+def shallow_twins(*models: torch.nn.Module, layers: int = 2) -> list[torch.nn.Module]:
+    """Float32 copies of models with their first layers only; tensors that the models share are copied once.
 
-    What they compute differs by rounding errors of float32 alone, whatever the depth and dtype of the models.
+    What the copies compute differs by rounding errors of float32 alone, whatever the depth and dtype of the models.
     """
-    weights = {
-        name: tensor.float()
-        for name, tensor in models[0].state_dict().items()
-        if not name.startswith("model.layers.") or int(name.split(".")[2]) < layers
-    }
+    made: dict[int, torch.Tensor] = {}
     copies = []
     for model in models:
+        weights = {}
+        for name, tensor in model.state_dict().items():
+            if not name.startswith("model.layers.") or int(name.split(".")[2]) < layers:
+                address = tensor.data_ptr()
+                made[address] = weights[name] = made[address] if address in made else tensor.float()
         config = copy.deepcopy(model.config)
         config.num_hidden_layers = layers
         copies.append(_on_weights(weights, type(model), config))
-    return tuple(copies)
+    return copies
 
 
 class SidesDiffer(Exception):
