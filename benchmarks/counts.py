@@ -1,4 +1,4 @@
-"""What can be counted instead of timed: bytes and FLOP of a forward, its operators, its memory."""
+"""What can be counted instead of timed: bytes and FLOP of a forward, its operators and kernels, its memory."""
 
 import itertools
 import os
@@ -37,7 +37,7 @@ def forward_flops(model: torch.nn.Module, batch: int, length: int, logits: int |
     return body + head + attention
 
 
-# Operators and memory
+# Operators, kernels and memory
 
 
 def count_operators(function: Callable[[], Any]) -> dict[str, int]:
@@ -50,6 +50,42 @@ def count_operators(function: Callable[[], Any]) -> dict[str, int]:
         if event.name.startswith("aten::") and not (parent is not None and parent.name.startswith("aten::")):
             counts[event.name] = counts.get(event.name, 0) + 1
     return counts
+
+
+class DeviceWork(NamedTuple):
+    """What a device does in one call: kernels on a GPU; on a CPU its operators, those inside others included."""
+
+    ms: float  # sum over the kernels, without the time between them
+    count: int
+    top: list[tuple[str, int, float]]  # name, count and ms of the kernels that take longest
+
+    @property
+    def summary(self) -> str:
+        return f"{self.ms:.2f} ms in {self.count}"
+
+
+def device_work(function: Callable[[], Any], device: str, top: int = 10) -> DeviceWork:
+    """Profile one call.
+
+    Raises:
+        RuntimeError: The profiler recorded nothing, as where it may not read a GPU's counters.
+    """
+    kinds, on_gpu = torch.profiler.ProfilerActivity, torch.device(device).type == "cuda"
+    with torch.profiler.profile(activities=[kinds.CPU, kinds.CUDA] if on_gpu else [kinds.CPU]) as profile:
+        function()
+        if on_gpu:
+            torch.cuda.synchronize(device)
+    found = []
+    for event in profile.key_averages():
+        if on_gpu and event.device_type == torch.autograd.DeviceType.CUDA:
+            found.append((event.key, event.count, event.self_device_time_total / 1e3))
+        elif not on_gpu and event.key.startswith("aten::"):
+            found.append((event.key, event.count, event.self_cpu_time_total / 1e3))
+    if not found:
+        raise RuntimeError(f"the profiler recorded no work of {device}")
+    found.sort(key=lambda kernel: -kernel[2])
+    shown = [(name[:100], count, round(ms, 3)) for name, count, ms in found[:top]]
+    return DeviceWork(sum(ms for _, _, ms in found), sum(count for _, count, _ in found), shown)
 
 
 class MemoryUse(NamedTuple):

@@ -111,13 +111,14 @@ class Bench:
 
     def decode(self, case: Case, models: dict) -> None:
         compiled = case.kind == "compiled"
-        context = Context(models["plain"], case.batch, case.context, static=compiled)
+        context = Context(models["plain"], case.batch, case.context, "static" if compiled else "default")
         sides = {
             name: Decoding(torch.compile(model, fullgraph=True, dynamic=False) if compiled else model, context)
             for name, model in models.items()
         }
         if compiled:
             warm_up_compiler()
+        context.rewind()
         first_call = {name: seconds(side.step) for name, side in sides.items()}
         facts = {"first_call_s": first_call}
         if not compiled:

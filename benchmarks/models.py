@@ -1,11 +1,13 @@
 """The models under comparison, which share their weights, and the work they are timed on."""
 
+import copy
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
+from transformers.cache_utils import Cache
 
 from tools import package
 
@@ -14,6 +16,8 @@ from .timing import synchronize
 
 InternLMConfig = package.load("configuration").InternLMConfig
 InternLMForCausalLM = package.load("modeling").InternLMForCausalLM
+GrowingCache = package.load("cache").GrowingCache
+CACHE = package.load("compat").CACHE  # the library's name for a cache, which differs by version
 
 
 class Shape(NamedTuple):
@@ -81,11 +85,15 @@ def our_model(shape: Shape, dtype: torch.dtype, device: str = "cpu", rotary: str
 
 def sharing_weights(source: torch.nn.Module, model_class: type, config: Any) -> torch.nn.Module:
     """A model whose parameters are the tensors of `source`: no copy, so the weights cannot differ."""
+    return _on_weights(source.state_dict(), model_class, config)
+
+
+def _on_weights(weights: dict[str, torch.Tensor], model_class: type, config: Any) -> torch.nn.Module:
     with torch.device("meta"):
         model = model_class(config)
-    model.load_state_dict(source.state_dict(), assign=True)
+    model.load_state_dict(weights, assign=True)
     if hasattr(model.model, "rotary_emb"):  # Llama's buffers are not in the state dict
-        model.model.rotary_emb = type(model.model.rotary_emb)(config).to(source.device)
+        model.model.rotary_emb = type(model.model.rotary_emb)(config).to(model.lm_head.weight.device)
     return model.eval()
 
 
@@ -104,13 +112,52 @@ def twins(shape: Shape, dtype: torch.dtype, device: str = "cpu") -> tuple[Intern
     return ours, sharing_weights(ours, LlamaForCausalLM, llama_config(shape))
 
 
-def check_equal(first: torch.Tensor, second: torch.Tensor, what: str) -> None:
-    """Stop the benchmark unless both sides agree: the ratio of two different functions is meaningless."""
-    tolerance = 1e-3 if first.dtype == torch.float32 else 0.1
-    scale = second.float().abs().max().clamp(min=1.0)
-    difference = ((first.float() - second.float()).abs().max() / scale).item()
-    if not difference < tolerance:
-        raise SystemExit(f"{what}: the two sides differ by {difference:.2e} (allowed {tolerance}); not timed.")
+def shallow_twins(*models: torch.nn.Module, layers: int = 2) -> list[torch.nn.Module]:
+    """Float32 copies of models with their first layers only; tensors that the models share are copied once.
+
+    What the copies compute differs by rounding errors of float32 alone, whatever the depth and dtype of the models.
+    """
+    made: dict[int, torch.Tensor] = {}
+    copies = []
+    for model in models:
+        weights = {}
+        for name, tensor in model.state_dict().items():
+            if not name.startswith("model.layers.") or int(name.split(".")[2]) < layers:
+                address = tensor.data_ptr()
+                made[address] = weights[name] = made[address] if address in made else tensor.float()
+        config = copy.deepcopy(model.config)
+        config.num_hidden_layers = layers
+        copies.append(_on_weights(weights, type(model), config))
+    return copies
+
+
+class SidesDiffer(Exception):
+    """Two sides compute different results: the ratio of their times would be meaningless."""
+
+
+def check_equal(first: torch.Tensor, second: torch.Tensor, what: str, layers: int = 12) -> float:
+    """Raise SidesDiffer unless both sides agree; otherwise return by how much they differ.
+
+    In float32 the largest difference counts, relative to the largest value. In half precision it is the norm of the
+    difference over the norm, which averages over the vocabulary, and the bound is 4 * eps * sqrt(layers): every layer
+    rounds what it adds to the residual stream, and independent errors add up like a random walk. Ours and Llama were
+    measured at 0.2 to 1.0 eps * sqrt(layers), 256 to 5,120 wide and 2 to 60 layers deep. (For 60 layers in bfloat16
+    the bound is 0.24, which only a gross error exceeds. `shallow_twins` is for the fine ones.)
+
+    Args:
+        layers: Layers of the models.
+    """
+    exact, dtype = second.float(), first.dtype
+    difference = first.float() - exact
+    if dtype == torch.float32:
+        value = (difference.abs().max() / exact.abs().max().clamp(min=1.0)).item()
+        allowed = 1e-3
+    else:
+        value = (difference.norm() / exact.norm()).item()
+        allowed = 4 * torch.finfo(dtype).eps * layers**0.5
+    if not value <= allowed:
+        raise SidesDiffer(f"{what}: the two sides differ by {value:.2e} (allowed {allowed:.1e}); not timed.")
+    return value
 
 
 # Workloads
@@ -122,36 +169,58 @@ def new_tokens(model: torch.nn.Module, batch: int, length: int) -> torch.Tensor:
     return torch.randint(3, model.config.vocab_size, (batch, length), generator=generator).to(model.device)
 
 
-class Context:
-    """A cache with which several sides decode alternately, up to `length` tokens; then it is reset, untimed.
+def generate(model: torch.nn.Module, ids: torch.Tensor, tokens: int) -> torch.Tensor:
+    """`generate` as a user calls it: greedily, `tokens` new ones, with the model's default cache. Returns these."""
+    model.generation_config.eos_token_id = None  # random weights may emit it anywhere
+    mask = torch.ones_like(ids)
+    output = model.generate(ids, attention_mask=mask, max_new_tokens=tokens, do_sample=False, pad_token_id=0)
+    return output[:, ids.shape[1] :]
 
-    It is filled with random keys and values instead of a prefill, which would take minutes on a CPU. The sides share
-    it, so that the largest context has to fit into GPU memory only once.
+
+def new_cache(model: torch.nn.Module, kind: str, length: int) -> Cache:
+    """An empty cache for `length` tokens: "library", "growing", "static", or the "default" of the model's generate."""
+    if kind == "default":
+        kind = "growing" if isinstance(model, InternLMForCausalLM) else "library"
+    if kind == "static":
+        return StaticCache(config=model.config, max_cache_len=length)
+    if kind == "growing":
+        return GrowingCache(config=model.config, max_length=length)
+    return DynamicCache(config=model.config)
+
+
+class Context:
+    """A cache with which sides decode alternately, up to `length` tokens; then it is reset, untimed.
+
+    It is filled with random keys and values instead of a prefill, which would take minutes on a CPU: at the first
+    step, and again after `drop`. Sides with the same kind of cache share a context. Where the contexts of two kinds do
+    not fit into memory together, each side drops the other's before it is timed.
 
     Args:
-        model: Determines sizes, dtype and device of the cache.
+        model: Determines sizes, dtype and device of the cache, and its class by default.
         batch: Rows.
         length: Tokens per row at the end of decoding; after a reset the cache has `room` tokens less.
-        static: A static cache of `length` tokens instead of a growing one.
+        cache: Kind of cache, see `new_cache`.
     """
 
-    def __init__(self, model: torch.nn.Module, batch: int, length: int, static: bool = False) -> None:
-        self.model, self.batch, self.length, self.static = model, batch, length, static
-        self.room = max(16, length // 16)
+    def __init__(self, model: torch.nn.Module, batch: int, length: int, cache: str = "default") -> None:
+        self.model, self.batch, self.length, self.kind = model, batch, length, cache
+        self.room = max(17, length // 16)  # for the step that `sample` does not time, and 16 more
         self.ids = new_tokens(model, batch, 1)
-        self.cache = None
-        self.rewind()
+        self.drop()
+
+    def drop(self) -> None:
+        """Release the cache. The next step starts with a new one."""
+        self.cache, self.position = None, self.length
 
     def rewind(self) -> None:
         """Reset the cache to its start, with the same content every time."""
-        config, device = self.model.config, self.model.device
-        self.position = self.length - self.room
-        if not self.static:
-            self.cache = DynamicCache(config=config)
-        elif self.cache is None:
-            self.cache = StaticCache(config=config, max_cache_len=self.length)
+        if self.kind == "static" and self.cache is not None:
+            self.cache.reset()  # a compiled or captured step needs it at the same address
         else:
-            self.cache.reset()
+            self.drop()  # before the new one needs the memory
+            self.cache = new_cache(self.model, self.kind, self.length)
+        self.position = self.length - self.room
+        config, device = self.model.config, self.model.device
         generator = torch.Generator(device).manual_seed(2)
         head_dim = config.hidden_size // config.num_attention_heads
         shape = (self.batch, config.num_attention_heads, self.position, head_dim)
@@ -162,7 +231,7 @@ class Context:
 
     def arguments_of_generate(self) -> dict[str, torch.Tensor]:
         """What `generate` passes to a decode step besides the new tokens."""
-        keys = self.length if self.static else self.position + 1
+        keys = self.length if self.kind == "static" else self.position + 1
         mask = torch.ones(self.batch, keys, dtype=torch.long, device=self.model.device)
         mask[:, self.position + 1 :] = 0
         positions = torch.full((self.batch, 1), self.position, device=self.model.device)
@@ -173,7 +242,7 @@ class Decoding:
     """One side's decode steps in a context.
 
     Args:
-        forward: A model, or its compiled forward.
+        forward: A model, or its compiled or captured forward.
         as_generate: Pass attention mask and position ids at each step, as `generate` does.
     """
 
@@ -187,7 +256,7 @@ class Decoding:
             context.rewind()
         extra = context.arguments_of_generate() if self.as_generate else {}
         context.position += 1
-        return self.forward(input_ids=context.ids, cache=context.cache, **extra).logits
+        return self.forward(input_ids=context.ids, **{CACHE: context.cache}, **extra).logits
 
     def first_step(self) -> torch.Tensor:
         """The first step after a reset, the same for every side."""
@@ -195,15 +264,49 @@ class Decoding:
         return self.step().clone()
 
     def sample(self, steps: int) -> float:
-        """Seconds per step over `steps` steps, at most `room` of the context."""
+        """Seconds per step over `steps` steps, at most 16.
+
+        The first step after a reset is not timed: a growing cache then copies the prompt's keys and values once.
+        """
         if self.context.position + steps > self.context.length:
-            self.context.rewind()
+            self.first_step()
         synchronize(self.context.model.device)
         start = time.perf_counter()
         for _ in range(steps):
             self.step()
         synchronize(self.context.model.device)
         return (time.perf_counter() - start) / steps
+
+
+class Captured:
+    """A forward over a static cache that is captured as a CUDA graph, without a compiler; every call replays it.
+
+    On a CPU, which has nothing to capture, every call is the model's forward.
+
+    Args:
+        model: The model.
+        context: A context with a static cache, just reset; the graph keeps its addresses.
+    """
+
+    def __init__(self, model: torch.nn.Module, context: Context) -> None:
+        self.model, self.graph = model, None
+        if model.device.type != "cuda":
+            return
+        side, stream = Decoding(model, context), torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                side.step()
+        torch.cuda.current_stream().wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.output = model(input_ids=context.ids, **{CACHE: context.cache})
+
+    def __call__(self, **arguments: Any) -> Any:
+        if self.graph is None:
+            return self.model(**arguments)
+        self.graph.replay()
+        return self.output
 
 
 def train_step(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:

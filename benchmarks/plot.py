@@ -124,36 +124,67 @@ def plot_long_context(result: dict, path: Path) -> None:
     save(figure, result, path)
 
 
+GPU_LINES = [  # kind of row, side, line, colour, label
+    ("eager", "llama", "o--", COLOURS["other"], "Llama, forward"),
+    ("generate", "llama", "o-", COLOURS["other"], "Llama, generate"),
+    ("captured", "llama", "o:", COLOURS["other"], "Llama, captured graph"),
+    ("eager", "ours", "s--", COLOURS["ours"], "ours, forward"),
+    ("generate", "ours", "s-", COLOURS["ours"], "ours, generate"),
+    ("captured", "ours", "s:", COLOURS["light"], "ours, captured graph"),
+    ("compiled", "ours", "^-", COLOURS["light"], "ours, compiled"),
+]
+
+
 def plot_gpu(result: dict, path: Path) -> None:
-    """Decode time against context for each model at batch 1, eager and compiled, with the floor."""
-    models = list(dict.fromkeys(row["model"] for row in result["rows"]))
-    figure, all_axes = plt.subplots(1, len(models), figsize=(max(6.8, 4.8 * len(models)), 3.8), squeeze=False)
-    lines = [
-        ("eager", "llama", "o--", COLOURS["other"], "Llama, eager"),
-        ("compiled_llama", "llama", "o-", COLOURS["other"], "Llama, compiled"),
-        ("eager", "ours", "s--", COLOURS["light"], "ours, eager"),
-        ("compiled", "ours", "s-", COLOURS["ours"], "ours, compiled"),
-    ]
-    for axes, model in zip(all_axes[0], models, strict=True):
-        rows = [
-            row for row in result["rows"] if row["model"] == model and row["batch"] == 1 and row["kind"] != "prefill"
-        ]
-        for kind, side, style, colour, label in lines:
-            points = sorted(
-                (row["context"], row["ms"][side]) for row in rows if row["kind"] == kind and side in row["ms"]
-            )
-            if points:
-                axes.plot(*zip(*points, strict=True), style, color=colour, label=label)
-        floors = sorted({(row["context"], row["floor_ms"]) for row in rows})
-        axes.plot(*zip(*floors, strict=True), ":", color=COLOURS["floor"], label="floor: bytes / copy bandwidth")
+    """For each model at batch 1: decode time against context with the floor, and where the time of a step goes."""
+    rows = [row for row in result["rows"] if row["batch"] == 1 and "ms" in row]  # a failed case has none
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    figure, all_axes = plt.subplots(len(models), 2, figsize=(11, 3.9 * len(models)), squeeze=False)
+    for (lines, bars), model in zip(all_axes, models, strict=True):
+        of_model = [row for row in rows if row["model"] == model]
+        _decode_lines(lines, of_model)
+        lines.set_title(f"{model}, bfloat16, batch 1: ms per token")
+        _device_bars(bars, [row for row in of_model if row["kind"] == "step_kernels"])
+        bars.set_title(f"{model}: where the time of an eager step goes")
+    save(figure, result, path)
+
+
+def _decode_lines(axes: Any, rows: list[dict]) -> None:
+    for kind, side, style, colour, label in GPU_LINES:
+        points = sorted((row["context"], row["ms"][side]) for row in rows if row["kind"] == kind)
+        if points:
+            axes.plot(*zip(*points, strict=True), style, color=colour, label=label, markersize=4)
+    decode = {kind for kind, *_ in GPU_LINES}
+    floors = sorted({(row["context"], row["floor_ms"]) for row in rows if row["kind"] in decode})
+    if floors:
+        axes.plot(*zip(*floors, strict=True), "--", color=COLOURS["floor"], label="floor: bytes / copy bandwidth")
         axes.set_xscale("log", base=2)
         axes.set_xticks([context for context, _ in floors], [context for context, _ in floors])
-        axes.set_ylim(bottom=0)
-        axes.set_title(f"{model}, bfloat16, batch 1")
-        axes.set_xlabel("context (tokens)")
-    all_axes[0][0].set_ylabel("ms per decoded token")
-    all_axes[0][0].legend()
-    save(figure, result, path)
+        axes.minorticks_off()
+        axes.legend(fontsize=7.5)
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("context (tokens)")
+
+
+def _device_bars(axes: Any, rows: list[dict]) -> None:
+    """The time of a step, in two parts: the device works, the device waits for Python."""
+    names, work, rest = [], [], []
+    for row in sorted(rows, key=lambda row: -row["context"]):
+        for side in ("llama", "ours"):
+            names.append(f"{'Llama' if side == 'llama' else side}, {row['context']}")
+            work.append(row["device_ms"][side])
+            rest.append(max(0.0, row["ms"][side] - row["device_ms"][side]))
+    axes.barh(names, work, color=COLOURS["ours"], height=0.6, label="the device works")
+    axes.barh(names, rest, left=work, color="#d9d9d9", height=0.6, label="it waits for Python")
+    for row in rows:
+        for side in ("llama", "ours"):
+            name = f"{'Llama' if side == 'llama' else side}, {row['context']}"
+            text = f" {row['count'][side]} {row['counted']}"
+            axes.text(max(row["ms"][side], row["device_ms"][side]), name, text, va="center", fontsize=7.5)
+    axes.margins(x=0.25)
+    axes.set_xlabel("ms")
+    if rows:
+        axes.legend(fontsize=7.5, loc="lower right")
 
 
 def plot_loading(result: dict, path: Path) -> None:

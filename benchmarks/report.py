@@ -98,7 +98,7 @@ def commit() -> str:
 
 
 class Report:
-    """The rows of one benchmark: printed as they are added, written to a JSON file at the end."""
+    """The rows of one benchmark: printed as they are added, and the result file written with each of them."""
 
     def __init__(self, name: str, arguments: argparse.Namespace, device: str = "cpu") -> None:
         self.quick = arguments.quick or bool(arguments.only) or "tiny" in getattr(arguments, "shapes", ())
@@ -110,20 +110,30 @@ class Report:
         print(f"{name}: {where}; torch {env['torch']}, transformers {env['transformers']}, commit {env['commit']}")
 
     def add(self, row: dict[str, Any], text: str) -> None:
-        """Add a row and print its line."""
+        """Add a row, print its line and write the file: a run that is cut short leaves the rows that it has."""
         self.content["rows"].append(row)
         print(text, flush=True)
+        self.write()
+
+    def fail(self, name: str, error: Exception, **facts: Any) -> None:
+        """Add a row for a case that could not be measured, with the reason."""
+        reason = f"{type(error).__name__}: {error}"[:500]
+        text = f"{name:40s} FAILED {' '.join(reason.split())[:200]}"
+        self.add({"case": name, **facts, "error": reason, "verdict": "FAILED"}, text)
 
     def note(self, **facts: Any) -> None:
         """Add facts about the whole run, such as the measured bandwidth."""
         self.content.update(facts)
 
+    def write(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_text(json.dumps(self.content, indent=1) + "\n", encoding="utf-8")
+
     def finish(self, remark: str = "") -> None:
         """Print how many comparisons met their target, and write the result file."""
         verdicts = [row.get("verdict") for row in self.content["rows"]]
         print(", ".join(f"{verdicts.count(verdict)} {verdict}" for verdict in VERDICTS) + remark)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text(json.dumps(self.content, indent=1) + "\n", encoding="utf-8")
+        self.write()
         shown = self.path.relative_to(ROOT) if self.path.is_relative_to(ROOT) else self.path
         print(f"written: {shown}")
 
@@ -173,7 +183,7 @@ def row_of(
     return row, text
 
 
-VERDICTS = ("ok", "noise", "MISSED")
+VERDICTS = ("ok", "noise", "MISSED", "FAILED")
 
 
 def _verdict(value: float, low: float, high: float, at_least: float | None, at_most: float | None) -> str:

@@ -29,6 +29,7 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from tools.package import MODULES
 
+from support.benchmarks import run_gpu_benchmark
 from support.golden import CHECKPOINTS, assert_near, jsonl, load
 from support.paths import GOLDEN, ROOT
 
@@ -243,6 +244,13 @@ def enable_checkpointing(model, reentrant: bool) -> None:
     kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
     getattr(model, f"{kind}_checkpointing_enable")(**{f"{kind}_checkpointing_kwargs": {"use_reentrant": reentrant}})
     model.enable_input_require_grads()
+
+
+def test_the_gpu_benchmark(tmp_path):
+    """Its cases run on a CPU, with caches under the version's name and of the version's classes; none fails."""
+    rows = run_gpu_benchmark(tmp_path)
+    assert {row["kind"] for row in rows} > {"equality", "eager", "generate", "prefill", "captured", "compiled"}
+    assert not [row for row in rows if row["verdict"] == "FAILED"]
 
 
 def test_version():
