@@ -189,10 +189,10 @@ def plot_llamacpp(result: dict, path: Path) -> None:
         "ours": "ours,\neager",
         "llama": "Llama,\neager",
     }
-    works = {"a decode step": ("decode", "compiled"), "generate, prompt included": ("generate", "generate_compiled")}
+    works = (("decode", "compiled"), ("generate", "generate_compiled"))
     figure, all_axes = plt.subplots(1, len(dtypes), figsize=(4.8 * len(dtypes), 3.8), squeeze=False)
     for axes, dtype in zip(all_axes[0], dtypes, strict=True):
-        for shift, (work, kinds) in zip((-0.2, 0.2), works.items(), strict=True):
+        for shift, kinds in zip((-0.2, 0.2), works, strict=True):
             rows = [row for row in result["rows"] if row["dtype"] == dtype and row["kind"] in kinds]
             ms = {side: took for row in reversed(rows) for side, took in row["ms"].items()}
             names = [name for name in sides if name in ms]
@@ -200,7 +200,6 @@ def plot_llamacpp(result: dict, path: Path) -> None:
             places = [list(sides).index(name) + shift for name in names]
             bars = axes.bar(places, [ms[name] for name in names], 0.38, color=colours, alpha=0.5 if shift > 0 else 1)
             axes.bar_label(bars, fmt="%.1f", padding=2, fontsize=8)
-            bars.set_label(work)
             if shift < 0:
                 axes.axhline(rows[0]["floor_ms"], color=COLOURS["floor"], linestyle="--", linewidth=1)
         axes.set_xticks(range(len(sides)), list(sides.values()))
@@ -208,6 +207,8 @@ def plot_llamacpp(result: dict, path: Path) -> None:
         axes.margins(y=0.12)
         axes.set_title(f"{result['rows'][0]['model']}, {dtype}")
     all_axes[0][0].set_ylabel("ms per token")
+    legend = "dark: a decode step; light: generate, prompt included; dashed: floor of ours, bytes / copy bandwidth"
+    figure.suptitle(legend, x=0.01, ha="left", fontsize=9)
     save(figure, result, path)
 
 
