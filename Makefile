@@ -7,7 +7,7 @@ export PYTHONUNBUFFERED := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo chat test serve quality style test-evaluation test-ecosystem test-vllm test-llamacpp matrix bench tiny long-context reliability
+.PHONY: help demo chat test serve quality style test-evaluation test-ecosystem test-vllm test-llamacpp matrix bench bench-llamacpp tiny long-context reliability
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 18
@@ -87,6 +87,9 @@ matrix: $(VENV)/installed ## check every supported transformers version, each in
 
 bench: $(VENV)/installed ## run the CPU benchmarks (benchmarks/README.md), under 15 minutes
 	for file in cpu long_context loading tokenizer plot; do $(BIN)/python benchmarks/$$file.py || exit 1; done
+
+bench-llamacpp: .venvs/llamacpp/installed ## measure against llama.cpp on a real model (downloads 93 MB), about 10 minutes
+	.venvs/llamacpp/bin/python benchmarks/llamacpp.py
 
 long-context: $(VENV)/installed ## measure loss and recall at 1 to 4 windows: docs/long-context-results.md
 	$(BIN)/python tools/measure_long_context.py

@@ -12,15 +12,20 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # keeps the profiler's log line
 
 
 def weight_count(model: torch.nn.Module, head: bool = True) -> int:
-    """Parameters that a forward multiplies by: all but the embedding table, of which it reads one row per token."""
-    skipped = {id(model.model.embed_tokens.weight)} | (set() if head else {id(model.lm_head.weight)})
-    return sum(p.numel() for p in model.parameters() if id(p) not in skipped)
+    """Parameters that a forward multiplies by: all but the embedding table, of which it reads one row per token.
+
+    A head that is tied to the table is multiplied by.
+    """
+    ends = {id(model.model.embed_tokens.weight), id(model.lm_head.weight)}
+    body = sum(p.numel() for p in model.parameters() if id(p) not in ends)
+    return body + (model.lm_head.weight.numel() if head else 0)
 
 
 def decode_bytes(model: torch.nn.Module, batch: int, context: int) -> int:
     """Bytes that a decode step must read: every weight once, and the keys and values of the context."""
     config = model.config
-    cached = 2 * config.num_hidden_layers * batch * context * config.hidden_size
+    width = config.num_key_value_heads * config.head_dim
+    cached = 2 * config.num_hidden_layers * batch * context * width
     return (weight_count(model) + cached) * model.dtype.itemsize
 
 

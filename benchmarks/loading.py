@@ -10,7 +10,6 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -25,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.models import InternLMConfig, Shape, llama_config, our_model
 from benchmarks.report import Report, parser, row_of, start, wanted
 from benchmarks.timing import alternate, seconds
-from tools.package import MODULES, ROOT
+from tools.package import ROOT, add_modules
 from upload_to_hub import assemble
 
 
@@ -89,11 +88,7 @@ def run_python(code: str, folder: Path, modules: Path) -> str:
 def write_ours(shape: Shape, folder: Path) -> None:
     """Write a checkpoint with random weights and this package's modules."""
     our_model(shape, torch.bfloat16).save_pretrained(folder)
-    for module in MODULES:
-        shutil.copy(ROOT / module, folder)
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    config["auto_map"] = json.loads((ROOT / "config.json").read_text(encoding="utf-8"))["auto_map"]
-    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    add_modules(folder)
 
 
 def write_llama(ours: Path, folder: Path, shape: Shape) -> None:

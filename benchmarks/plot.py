@@ -211,11 +211,44 @@ def plot_loading(result: dict, path: Path) -> None:
     save(figure, result, path)
 
 
+def plot_llamacpp(result: dict, path: Path) -> None:
+    """Time per token of every side, a panel for each precision: a decode step, and generate with its prompt."""
+    dtypes = list(dict.fromkeys(row["dtype"] for row in result["rows"]))
+    sides = {
+        "llama_cpp": "llama.cpp",
+        "ours_compiled": "ours,\ncompiled",
+        "ours": "ours,\neager",
+        "llama": "Llama,\neager",
+    }
+    works = (("decode", "compiled"), ("generate", "generate_compiled"))
+    figure, all_axes = plt.subplots(1, len(dtypes), figsize=(4.8 * len(dtypes), 3.8), squeeze=False)
+    for axes, dtype in zip(all_axes[0], dtypes, strict=True):
+        for shift, kinds in zip((-0.2, 0.2), works, strict=True):
+            rows = [row for row in result["rows"] if row["dtype"] == dtype and row["kind"] in kinds]
+            ms = {side: took for row in reversed(rows) for side, took in row["ms"].items()}
+            names = [name for name in sides if name in ms]
+            colours = [COLOURS["other"] if name.startswith("llama") else COLOURS["ours"] for name in names]
+            places = [list(sides).index(name) + shift for name in names]
+            bars = axes.bar(places, [ms[name] for name in names], 0.38, color=colours, alpha=0.5 if shift > 0 else 1)
+            axes.bar_label(bars, fmt="%.1f", padding=2, fontsize=8)
+            if shift < 0:
+                axes.axhline(rows[0]["floor_ms"], color=COLOURS["floor"], linestyle="--", linewidth=1)
+        axes.set_xticks(range(len(sides)), list(sides.values()))
+        axes.grid(axis="x", visible=False)
+        axes.margins(y=0.12)
+        axes.set_title(f"{result['rows'][0]['model']}, {dtype}")
+    all_axes[0][0].set_ylabel("ms per token")
+    legend = "dark: a decode step; light: generate, prompt included; dashed: floor of ours, bytes / copy bandwidth"
+    figure.suptitle(legend, x=0.01, ha="left", fontsize=9)
+    save(figure, result, path)
+
+
 PLOTS: dict[str, Callable[[dict, Path], None]] = {
     "cpu": plot_cpu,
     "long_context": plot_long_context,
     "gpu": plot_gpu,
     "loading": plot_loading,
+    "llamacpp": plot_llamacpp,
 }
 
 

@@ -1,9 +1,13 @@
-"""The Llama copy in llama.cpp: its converter accepts it; ids and greedy tokens are those of transformers."""
+"""The Llama copy in llama.cpp: its converter accepts it; ids and greedy tokens are those of transformers.
+
+And benchmarks/llamacpp.py, which compares logits before it times anything, runs to its end.
+"""
 
 import json
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -100,3 +104,24 @@ def test_real_vocabulary(tmp_path):
     rows = [json.loads(line) for line in (GOLDEN / "tokenizer.jsonl").open(encoding="utf-8")]
     wrong = [row["text"] for row in rows if model.tokenize(row["text"].encode(), special=True) != row["ids"]]
     assert all("\0" in text for text in wrong) and len(rows) > 300
+
+
+def test_benchmark_writes_every_row(tiny_dir, tmp_path):
+    """On the tiny checkpoint and a GGUF file of its Llama copy; the numbers mean nothing."""
+    run("tools/convert_checkpoint.py", "llama", tiny_dir, tmp_path / "llama", "--quiet")
+    folder = tmp_path / "tiny"
+    shutil.copytree(tiny_dir, folder)
+    shutil.copy(to_gguf(tmp_path / "llama", "--outtype", "f32"), folder)
+    options = ("--quick", "--threads", "1", "--model", folder)  # waiting threads would take a busy machine's time
+    run("benchmarks/llamacpp.py", *options, "--out", tmp_path / "result.json")
+    rows = json.loads((tmp_path / "result.json").read_text(encoding="utf-8"))["rows"]
+    kinds = {"prompt": 2, "decode": 2, "compiled": 1, "generate": 2, "generate_compiled": 1}
+    for dtype in ("float32", "bfloat16"):
+        assert Counter(row["kind"] for row in rows if row["dtype"] == dtype) == kinds
+    targets = {(row["kind"], row["dtype"]): row["target"] for row in rows if row["verdict"] is not None}
+    assert targets == {
+        ("decode", "float32"): ">= 0.50",
+        ("compiled", "float32"): ">= 1.00",
+        ("compiled", "bfloat16"): ">= 1.00",
+    }
+    assert all(rate > 0 for row in rows for rate in row["tokens_per_second"].values())
