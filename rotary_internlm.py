@@ -36,8 +36,8 @@ Tables = tuple[torch.Tensor, torch.Tensor]  # cosines and sines, (B or 1, 1, pos
 # At most this many new tokens get a length L each, which costs one attention for each of them.
 _MAX_OWN_LENGTHS = 32
 
-# On a CPU, corrected scores take at most this many elements of the keys at a time: 2 MB in float32.
-_CHUNK_NUMEL = 2**19
+# On a CPU, corrected scores take at most this many elements of the keys at a time: 1 MB in float32.
+_CHUNK_NUMEL = 2**18
 
 
 def trained_inv_freq(config: InternLMConfig, device: torch.device | str) -> torch.Tensor:
@@ -169,7 +169,8 @@ def corrected_scores(queries: torch.Tensor, keys: torch.Tensor, cos: torch.Tenso
 
     To rotate a key forward is to rotate the query back, so the keys are read once and never copied. Compiled, that is
     one loop, over the half of the tables in which nothing is repeated. In eager mode a CPU takes the keys in chunks,
-    so that the queries rotated back for them stay in its cache.
+    so that the queries rotated back for them stay in its cache, and computes in float32, which is faster for it than
+    half precision.
     """
     if torch.compiler.is_compiling():
         half = queries.shape[-1] // 2
@@ -177,11 +178,13 @@ def corrected_scores(queries: torch.Tensor, keys: torch.Tensor, cos: torch.Tenso
         cos, sin = cos[..., half:], sin[..., half:]
         products = k1 * (q1 * cos + q2 * sin) + k2 * (q2 * cos - q1 * sin)  # (B, H, K, D / 2)
         return products.float().sum(-1)[:, :, None]
+    size = keys.shape[2]
+    if keys.device.type == "cpu":
+        size, queries = max(1, _CHUNK_NUMEL // keys[:, :, 0].numel()), queries.float()
     swapped = queries.roll(queries.shape[-1] // 2, -1)
-    size = max(1, _CHUNK_NUMEL // keys[:, :, 0].numel()) if keys.device.type == "cpu" else keys.shape[2]
     scores = []
     for k, c, s in zip(*(tensor.split(size, dim=2) for tensor in (keys, cos, sin)), strict=True):
-        rotated_back = (queries * c).addcmul_(swapped, s, value=-1)
+        rotated_back = (queries * c).addcmul_(swapped, s.to(queries.dtype), value=-1)
         scores.append(rotated_back.mul_(k).sum(-1, dtype=torch.float32))
     return torch.cat(scores, dim=-1)[:, :, None]
 

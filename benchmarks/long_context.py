@@ -3,7 +3,7 @@
 Decode steps at 0.5x, 2x, 4x and 8x of the window, eager with a growing cache and compiled with a static one, and the
 prefill of a prompt of four windows. Up to the window both must run the same operators.
 
-    python benchmarks/long_context.py              # all cases, about 3 minutes on two cores
+    python benchmarks/long_context.py              # all cases, about 4 minutes on two cores
     python benchmarks/long_context.py --quick --only eager
 """
 
@@ -36,6 +36,7 @@ from benchmarks.timing import alternate, copy_bandwidth, matrix_rate, seconds, s
 # The family's head_dim, 128, and the 20B's ratio of cache to weights: at 8x the window keys and values are as large as
 # the weights (20B: 40.3 GB and 39.1 GB in bf16), at 4x half as large.
 SHAPE = Shape(hidden=1024, layers=4, heads=8, intermediate=2752, window=768)
+SMALLER = Shape(hidden=512, layers=6, heads=4, intermediate=1376, window=768)  # overhead counts for more
 MULTIPLES = (0.5, 2, 4, 8)
 PREFILL_MULTIPLE = 4
 # maximum of dynamic / plain; up to the window dynamic NTK costs nothing, so 1.05 only allows for noise
@@ -45,29 +46,32 @@ WITHIN_WINDOW = 1.05
 
 class Case(NamedTuple):
     kind: str  # eager, compiled or prefill
+    shape: Shape
     dtype: torch.dtype
     batch: int
     multiple: float
 
     @property
     def context(self) -> int:
-        return int(self.multiple * SHAPE.window)
+        return int(self.multiple * self.shape.window)
 
     def __str__(self) -> str:
-        return f"{self.kind}/{SHAPE}/{dtype_name(self.dtype)}/b{self.batch}/{self.multiple:g}x"
+        return f"{self.kind}/{self.shape}/{dtype_name(self.dtype)}/b{self.batch}/{self.multiple:g}x"
 
 
 def cases(quick: bool) -> Iterator[Case]:
     multiples = (0.5, 4) if quick else MULTIPLES
     for multiple in multiples:
-        yield Case("eager", torch.float32, 1, multiple)
-    yield Case("prefill", torch.float32, 1, PREFILL_MULTIPLE)
+        yield Case("eager", SHAPE, torch.float32, 1, multiple)
+    yield Case("prefill", SHAPE, torch.float32, 1, PREFILL_MULTIPLE)
     for multiple in multiples:
-        yield Case("compiled", torch.float32, 1, multiple)
+        yield Case("compiled", SHAPE, torch.float32, 1, multiple)
     if not quick:
-        yield Case("eager", torch.float32, 4, 4)
+        yield Case("eager", SHAPE, torch.float32, 4, 4)
         for multiple in multiples:
-            yield Case("eager", torch.bfloat16, 1, multiple)
+            yield Case("eager", SHAPE, torch.bfloat16, 1, multiple)
+        for multiple in multiples[1:]:
+            yield Case("eager", SMALLER, torch.float32, 1, multiple)
 
 
 class Bench:
@@ -79,14 +83,14 @@ class Bench:
         self.rate = matrix_rate(torch.float32)
         report.note(copy_gb_per_s=self.bandwidth / 1e9, matrix_gflops=self.rate / 1e9, window=SHAPE.window)
 
-    def models(self, dtype: torch.dtype) -> dict[str, InternLMForCausalLM]:
-        plain = our_model(SHAPE, dtype, rotary="origin")
-        return {"plain": plain, "dynamic": sharing_weights(plain, InternLMForCausalLM, our_config(SHAPE))}
+    def models(self, case: Case) -> dict[str, InternLMForCausalLM]:
+        plain = our_model(case.shape, case.dtype, rotary="origin")
+        return {"plain": plain, "dynamic": sharing_weights(plain, InternLMForCausalLM, our_config(case.shape))}
 
     @torch.no_grad()
     def run(self, case: Case) -> None:
         torch._dynamo.reset()  # a separate program for each case: no dynamic shapes because of an earlier one
-        models = self.models(case.dtype)
+        models = self.models(case)
         if case.kind == "prefill":
             self.prefill(case, models)
         else:
@@ -101,7 +105,7 @@ class Bench:
             at_most=TARGETS[case.kind] if case.multiple > 1 else WITHIN_WINDOW,
             floor=floor,
             kind=case.kind,
-            model=str(SHAPE),
+            model=str(case.shape),
             dtype=dtype_name(case.dtype),
             batch=case.batch,
             context=case.context,

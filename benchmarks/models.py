@@ -35,8 +35,9 @@ class Shape(NamedTuple):
         return f"{self.hidden}x{self.layers}"
 
 
-SMALL = Shape(hidden=256, layers=12, heads=4, intermediate=688)
-MEDIUM = Shape(hidden=1024, layers=8, heads=8, intermediate=2752)
+SMALL = Shape(hidden=256, layers=12, heads=4, intermediate=688, window=8192)
+MEDIUM = Shape(hidden=1024, layers=8, heads=8, intermediate=2752, window=8192)
+REAL = Shape(hidden=576, layers=30, heads=9, intermediate=1536, vocab=49152, window=8192)  # tools/real_model.py's
 OVERHEAD = Shape(hidden=128, layers=12, heads=2, intermediate=352, vocab=512)  # a larger head would not be overhead
 
 

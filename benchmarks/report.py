@@ -80,6 +80,8 @@ def environment(device: str = "cpu") -> dict[str, Any]:
         "commit": commit(),
         "date": time.strftime("%Y-%m-%d"),
     }
+    if choice := os.environ.get("MKL_CBWR"):  # the path that MKL takes, which differs by the processor's vendor
+        found["mkl_cbwr"] = choice
     if torch.device(device).type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         found |= {"gpu": properties.name, "gpu_memory_gib": round(properties.total_memory / 2**30, 1)}
