@@ -163,8 +163,8 @@ def _append(tensor: torch.Tensor, buffer: torch.Tensor | None, new: torch.Tensor
     """`tensor` with `new` appended: in place where that cannot be noticed, otherwise by concatenation."""
     if tensor.numel() == 0:
         return new, None
-    # A gradient needs the past unchanged; and what does not fit must be torch.cat's error, or its promotion of dtypes.
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or not _fits(tensor, new):
+    # A gradient needs the past as it was. (And this is called for every layer and token: each attribute counts.)
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or type(new) is not torch.Tensor:
         return torch.cat((tensor, new), dim=2), None
     length, added = tensor.shape[2], new.shape[2]
     end = length + added
@@ -173,13 +173,11 @@ def _append(tensor: torch.Tensor, buffer: torch.Tensor | None, new: torch.Tensor
         if max_length is not None and end <= max_length:
             capacity = min(capacity, max_length)
         _, buffer = _grow(tensor, capacity)
-    buffer.narrow(2, length, added).copy_(new)
+    place = buffer.narrow(2, length, added)
+    if place.shape != new.shape or place.dtype != new.dtype or place.device != new.device:
+        return torch.cat((tensor, new), dim=2), None  # its promotion of dtypes, or its error
+    place.copy_(new)
     return buffer.narrow(2, 0, end), buffer
-
-
-def _fits(tensor: torch.Tensor, new: torch.Tensor) -> bool:
-    of_one_kind = tensor.dtype == new.dtype and tensor.device == new.device and type(new) is torch.Tensor
-    return of_one_kind and tensor.shape[:2] == new.shape[:2] and tensor.shape[3] == new.shape[3]
 
 
 def _grow(tensor: torch.Tensor, capacity: int) -> Grown:

@@ -1,6 +1,6 @@
 """Ours against transformers' Llama on the CPU, on the same weights: prefill, decode, generate, training, compile.
 
-python benchmarks/cpu.py                       # all cases, about 10 minutes on two cores
+python benchmarks/cpu.py                       # all cases, about 9 minutes on two cores
 python benchmarks/cpu.py --quick               # a trial run, about a minute
 python benchmarks/cpu.py --only decode --only 256x12
 """
@@ -282,7 +282,7 @@ def main() -> None:
     arguments = parser(__doc__).parse_args()
     start(arguments)
     report = Report("cpu", arguments)
-    bench = Bench(report, budget=1.0 if arguments.quick else 6.0)
+    bench = Bench(report, budget=1.0 if arguments.quick else 4.0)
     for case in cases(arguments.quick):
         if wanted(str(case), arguments):
             try:
