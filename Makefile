@@ -85,7 +85,7 @@ test-llamacpp: .venvs/llamacpp/installed ## check that llama.cpp, built from sou
 matrix: $(VENV)/installed ## check every supported transformers version, each in a new environment and process
 	$(BIN)/python tools/matrix.py
 
-bench: $(VENV)/installed ## run the CPU benchmarks (benchmarks/README.md), under 15 minutes
+bench: $(VENV)/installed ## run the CPU benchmarks (benchmarks/README.md), about 18 minutes
 	for file in cpu long_context loading tokenizer plot; do $(BIN)/python benchmarks/$$file.py || exit 1; done
 
 bench-llamacpp: .venvs/llamacpp/installed ## measure against llama.cpp on a real model (downloads 93 MB), about 10 minutes

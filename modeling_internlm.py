@@ -419,7 +419,11 @@ class InternLMForCausalLM(InternLMPreTrainedModel, InternLMChatMixin, Generation
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:
-        """The library's, except that the DynamicCache it makes by default is one that grows in place."""
+        """The library's, except that the DynamicCache it makes by default is one that appends in place.
+
+        It is not public, but transformers' own models override it likewise, and nothing public knows whether the user
+        passed a cache, and how long generation may become.
+        """
         passed, library = model_kwargs.get(CACHE), cast("Any", super())
         result = library._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         made = model_kwargs.get(CACHE)

@@ -26,6 +26,8 @@ NAMES = {
     "compiled": "decode, torch.compile",
     "prefill": "prefill",
     "decode": "decode",
+    "decode_one_thread": "decode, one thread",
+    "generate": "generate, 64 tokens after a prompt",
     "train": "training step",
 }
 
@@ -48,6 +50,8 @@ def caption(figure: Any, result: dict) -> None:
     """Hardware, versions, commit and date, below the plot."""
     env = result["environment"]
     where = env.get("gpu") or f"{env['processor']}, {env['threads']} threads"
+    if choice := env.get("mkl_cbwr"):
+        where += f" with MKL_CBWR={choice}"
     text = (
         f"{where} · torch {env['torch']} · transformers {env['transformers']} · commit {env['commit']} · {env['date']}"
     )
@@ -63,25 +67,43 @@ def save(figure: Any, result: dict, path: Path) -> None:
 
 
 def label(row: dict) -> str:
-    """The label of a case of the CPU benchmark."""
-    parts = [NAMES[row["kind"]], row["model"], row["dtype"], f"batch {row['batch']}", str(row["context"])]
+    """The label of a case of the CPU benchmark, without its precision."""
+    parts = [NAMES[row["kind"]], row["model"], f"batch {row['batch']}", str(row["context"])]
     return " · ".join(parts) + (" · vs compiled Llama" if row["ratio_of"].startswith("llama_compiled") else "")
 
 
 def plot_cpu(result: dict, path: Path) -> None:
-    """Llama's time over ours for each case, with the interquartile range."""
-    rows = [row for row in result["rows"] if "ratio" in row][::-1]
-    figure, axes = plt.subplots(figsize=(9, 1.6 + 0.24 * len(rows)))
-    for y, row in enumerate(rows):
-        colour = {"ok": COLOURS["ours"], "noise": "#8a8a8a"}.get(row["verdict"], COLOURS["other"])
-        axes.plot(row["ratio_quartiles"], [y, y], color=colour, linewidth=2, solid_capstyle="round")
-        axes.plot(row["ratio"], y, "o", color=colour, markersize=5)
-        axes.annotate(f"{row['ratio']:.2f}", (1.01, y), xycoords=("axes fraction", "data"), va="center", fontsize=8)
-    labels = [label(row) for row in rows]
-    axes.set_yticks(range(len(rows)), labels, fontsize=7.5)
-    axes.axvline(1.0, color=COLOURS["floor"], linewidth=1, linestyle="--")
-    axes.set_xlabel("Llama's time / ours, same weights (right of 1.0: ours is faster)")
-    figure.suptitle("CPU: ours against Llama, median and interquartile range", x=0.01, ha="left", weight="bold")
+    """Llama's time over ours for each case, a panel for each precision, on a log axis."""
+    rows = [row for row in result["rows"] if "ratio" in row]
+    names = list(dict.fromkeys(label(row) for row in rows))[::-1]
+    dtypes = list(dict.fromkeys(row["dtype"] for row in rows))
+    size = (4.4 + 3.4 * len(dtypes), 1.6 + 0.21 * len(names))
+    figure, all_axes = plt.subplots(1, len(dtypes), figsize=size, sharex=True, sharey=True, squeeze=False)
+    for axes, dtype in zip(all_axes[0], dtypes, strict=True):
+        for row in (row for row in rows if row["dtype"] == dtype):
+            y = names.index(label(row))
+            colour = {"ok": COLOURS["ours"], "noise": "#8a8a8a"}.get(row["verdict"], COLOURS["other"])
+            axes.plot(row["ratio_quartiles"], [y, y], color=colour, linewidth=2, solid_capstyle="round")
+            axes.plot(row["ratio"], y, "o", color=colour, markersize=5)
+            axes.plot(float(row["target"].split()[-1]), y, "|", color=COLOURS["floor"], markersize=7)
+            axes.annotate(
+                f"{row['ratio']:.2f}", (1.01, y), xycoords=("axes fraction", "data"), va="center", fontsize=7
+            )
+        axes.set_title(dtype)
+        axes.axvline(1.0, color=COLOURS["floor"], linewidth=1, linestyle="--")
+        axes.set_xscale("log")
+        axes.set_xticks([0.9, 1, 1.25, 1.5, 2, 3, 4], ["0.9", "1", "1.25", "1.5", "2", "3", "4"])
+        axes.minorticks_off()
+        axes.set_xlabel("Llama's time / ours")
+    all_axes[0][0].set_yticks(range(len(names)), names, fontsize=7.5)
+    all_axes[0][0].set_ylim(-1, len(names))
+    figure.suptitle(
+        "CPU: ours against Llama on the same weights; right of 1, ours is faster. Dot and bar: median and interquartile\n"
+        "range; tick: target. Blue: the median meets it; grey: only a quartile does; orange: neither does.",
+        x=0.01,
+        ha="left",
+        fontsize=8.5,
+    )
     save(figure, result, path)
 
 
@@ -90,7 +112,9 @@ def plot_long_context(result: dict, path: Path) -> None:
     kinds = [kind for kind in ("eager", "compiled") if any(row.get("kind") == kind for row in result["rows"])]
     figure, all_axes = plt.subplots(1, len(kinds), figsize=(4.6 * len(kinds), 3.8), sharey=True, squeeze=False)
     for axes, kind in zip(all_axes[0], kinds, strict=True):
-        rows = [r for r in result["rows"] if (r["kind"], r["dtype"], r["batch"]) == (kind, "float32", 1)]
+        first = result["rows"][0]["model"]
+        case = (kind, first, "float32", 1)
+        rows = [r for r in result["rows"] if (r["kind"], r["model"], r["dtype"], r["batch"]) == case]
         rows.sort(key=lambda row: row["context"])
         contexts = [row["context"] for row in rows]
         axes.plot(
@@ -116,7 +140,7 @@ def plot_long_context(result: dict, path: Path) -> None:
         axes.set_xscale("log", base=2)
         axes.set_xticks(contexts, contexts)
         axes.margins(x=0.1, y=0.15)
-        axes.set_title(f"{kind}, window {result['window']}")
+        axes.set_title(f"{kind}, {first}, window {result['window']}")
         axes.set_xlabel("context (tokens)")
     all_axes[0][0].set_ylim(bottom=0)
     all_axes[0][0].set_ylabel("ms per decoded token")

@@ -1,7 +1,7 @@
 """Checks for every supported version of transformers; `make matrix` runs this file in a separate environment for each.
 
-pytest does not collect it by default. It includes all tests of test_golden.py, run on the classes as transformers
-loads them from a model folder. The environments hold torch, transformers, jinja2 and pytest only.
+pytest does not collect it by default. It includes all tests of test_golden.py and test_cache.py, run on the classes
+as transformers loads them from a model folder. The environments hold torch, transformers, jinja2 and pytest only.
 """
 
 import json
@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from test_golden import *  # noqa: F403  (its tests and fixtures, on the `modeling` below)
+from test_cache import *  # noqa: F403  (its tests and fixtures, on the `modeling` below)
+from test_golden import *  # noqa: F403
 from transformers import (
     AutoConfig,
     AutoModel,

@@ -14,6 +14,7 @@ import pytest
 import torch
 from transformers import DynamicCache, StaticCache
 
+from benchmarks.counts import memory_use
 from tools import package
 
 from support.golden import assert_near, load
@@ -23,7 +24,7 @@ TOKENS = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": None, "pad_t
 
 
 @pytest.fixture(scope="module")
-def model(modeling):
+def causal_lm(modeling):
     return load(modeling, "tiny_20b_dynamic")  # window 64
 
 
@@ -34,8 +35,8 @@ def caches(modeling):
 
 
 @pytest.fixture(scope="module")
-def ids(model):
-    return torch.randint(3, model.config.vocab_size, (2, 120), generator=torch.Generator().manual_seed(0))
+def tokens(causal_lm):
+    return torch.randint(3, causal_lm.config.vocab_size, (2, 120), generator=torch.Generator().manual_seed(0))
 
 
 def states(length: int, rows: int = 2, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
@@ -67,62 +68,66 @@ def passing(cache) -> dict:
 
 
 @torch.no_grad()
-def test_what_generate_and_use_cache_get(model, caches, ids):
+def test_what_generate_and_use_cache_get(causal_lm, caches, tokens):
     """A GrowingCache, which is a DynamicCache; with beams and sampling, too."""
-    assert type(cache_of(model(ids, use_cache=True))) is caches.GrowingCache
+    assert type(cache_of(causal_lm(tokens, use_cache=True))) is caches.GrowingCache
     for settings in ({}, {"num_beams": 2}, {"do_sample": True, "num_return_sequences": 2}):
-        output = model.generate(ids[:, :9], **{**TOKENS, **settings}, return_dict_in_generate=True)
+        output = causal_lm.generate(tokens[:, :9], **{**TOKENS, **settings}, return_dict_in_generate=True)
         assert type(cache_of(output)) is caches.GrowingCache
     assert isinstance(cache_of(output), DynamicCache)
-    assert cache_of(model(ids, use_cache=False)) is None
+    assert cache_of(causal_lm(tokens, use_cache=False)) is None
 
 
 @torch.no_grad()
-def test_a_cache_that_is_passed_or_named_is_used_as_it_is(model, ids):
+def test_a_cache_that_is_passed_or_named_is_used_as_it_is(causal_lm, tokens):
     """The same object comes back, and cache_implementation means what the library says."""
-    for passed in (DynamicCache(), DynamicCache(config=model.config), StaticCache(model.config, max_cache_len=99)):
-        assert cache_of(model(ids[:, :9], past_key_values=passed)) is passed
+    for passed in (
+        DynamicCache(),
+        DynamicCache(config=causal_lm.config),
+        StaticCache(causal_lm.config, max_cache_len=99),
+    ):
+        assert cache_of(causal_lm(tokens[:, :9], past_key_values=passed)) is passed
         passed.reset()
-    passed = DynamicCache(config=model.config)
-    output = model.generate(ids[:, :9], **TOKENS, **passing(passed), return_dict_in_generate=True)
+    passed = DynamicCache(config=causal_lm.config)
+    output = causal_lm.generate(tokens[:, :9], **TOKENS, **passing(passed), return_dict_in_generate=True)
     assert cache_of(output) is passed and type(passed) is DynamicCache
     settings = {"cache_implementation": "static", "disable_compile": True, "return_dict_in_generate": True}
-    assert type(cache_of(model.generate(ids[:, :9], **TOKENS, **settings))) is StaticCache
+    assert type(cache_of(causal_lm.generate(tokens[:, :9], **TOKENS, **settings))) is StaticCache
 
 
-def test_an_offloaded_cache_stays_the_librarys(model, caches):
+def test_an_offloaded_cache_stays_the_librarys(causal_lm, caches):
     """Its layers move between devices, which buffers with room would not follow."""
     if not hasattr(torch, "Stream") and not torch.cuda.is_available():
         pytest.skip("an offloaded cache needs a stream")
-    cache = caches.GrowingCache(config=model.config, offloading=True)
+    cache = caches.GrowingCache(config=causal_lm.config, offloading=True)
     assert not any(isinstance(layer, caches.GrowingLayer) for layer in cache.layers)
 
 
 @pytest.mark.parametrize("attention", ("eager", "sdpa"))
 @torch.no_grad()
-def test_same_tokens_as_with_the_librarys_cache(modeling, ids, attention):
+def test_same_tokens_as_with_the_librarys_cache(modeling, tokens, attention):
     """Across the window's end: greedy, with left padding, and beams that are reordered."""
-    model = load(modeling, "tiny_20b_dynamic", attn_implementation=attention)
+    causal_lm = load(modeling, "tiny_20b_dynamic", attn_implementation=attention)
     mask = torch.ones(2, 55, dtype=torch.long)
     mask[1, :7] = 0
     for settings in ({}, {"num_beams": 3}):
-        found = model.generate(ids[:, :55], attention_mask=mask, **TOKENS, **settings)
-        library = passing(DynamicCache(config=model.config))
+        found = causal_lm.generate(tokens[:, :55], attention_mask=mask, **TOKENS, **settings)
+        library = passing(DynamicCache(config=causal_lm.config))
         assert (
             found.tolist()
-            == model.generate(ids[:, :55], attention_mask=mask, **TOKENS, **settings, **library).tolist()
+            == causal_lm.generate(tokens[:, :55], attention_mask=mask, **TOKENS, **settings, **library).tolist()
         )
 
 
 @torch.no_grad()
-def test_layers_removed_from_a_model(modeling, caches, ids):
+def test_layers_removed_from_a_model(modeling, caches, tokens):
     """Layers pruned in memory: those that are left are cached."""
-    model = load(modeling, "tiny_20b_dynamic")
-    model.model.layers = model.model.layers[:1]
-    model.config.num_hidden_layers = 1
-    cache = cache_of(model(ids[:, :30]))
-    step = model(ids[:, 30:31], past_key_values=cache).logits
-    assert_near(step, model(ids[:, :31], use_cache=False).logits[:, -1:])
+    causal_lm = load(modeling, "tiny_20b_dynamic")
+    causal_lm.model.layers = causal_lm.model.layers[:1]
+    causal_lm.config.num_hidden_layers = 1
+    cache = cache_of(causal_lm(tokens[:, :30]))
+    step = causal_lm(tokens[:, 30:31], past_key_values=cache).logits
+    assert_near(step, causal_lm(tokens[:, :31], use_cache=False).logits[:, -1:])
     assert type(cache) is caches.GrowingCache and len(cache.layers) == 1
 
 
@@ -212,21 +217,21 @@ def test_other_rows_and_dtypes_are_the_librarys_business(caches):
 
 @pytest.mark.parametrize("way", ("deepcopy", "layers copied", "pickle", "torch.save", "rebuilt"))
 @torch.no_grad()
-def test_continuations_of_one_prefix_are_separate(model, caches, ids, way):
+def test_continuations_of_one_prefix_are_separate(causal_lm, caches, tokens, way):
     """Each sees its own tokens, whatever the order of the steps; the prefix is not changed."""
-    prefix = cache_of(model(ids[:1, :50]))
-    model(ids[:1, 50:52], past_key_values=prefix)  # into a buffer with room
+    prefix = cache_of(causal_lm(tokens[:1, :50]))
+    causal_lm(tokens[:1, 50:52], past_key_values=prefix)  # into a buffer with room
     before = [tensor.clone() for tensor in contents(prefix)]
     copies = [copied(prefix, way) for _ in range(2)]
-    branches = [ids[:1, 60:75], ids[:1, 80:95]]
+    branches = [tokens[:1, 60:75], tokens[:1, 80:95]]
     logits = [[], []]
     for step in range(15):
         for cache, branch, rows in zip(copies, branches, logits, strict=True):
-            rows.append(model(branch[:, step : step + 1], past_key_values=cache).logits)
+            rows.append(causal_lm(branch[:, step : step + 1], past_key_values=cache).logits)
     for branch, rows in zip(branches, logits, strict=True):
-        own = DynamicCache(config=model.config)
-        model(ids[:1, :50], past_key_values=own), model(ids[:1, 50:52], past_key_values=own)
-        expected = [model(token, past_key_values=own).logits for token in branch.split(1, dim=1)]
+        own = DynamicCache(config=causal_lm.config)
+        causal_lm(tokens[:1, :50], past_key_values=own), causal_lm(tokens[:1, 50:52], past_key_values=own)
+        expected = [causal_lm(token, past_key_values=own).logits for token in branch.split(1, dim=1)]
         assert torch.equal(torch.cat(rows), torch.cat(expected))
     assert all(torch.equal(one, other) for one, other in zip(contents(prefix), before, strict=True))
     assert isinstance(prefix.layers[0], caches.GrowingLayer)
@@ -266,51 +271,51 @@ def test_a_file_holds_no_spare_room_and_loads_without_this_package(caches, tmp_p
 # Gradients, inference mode, torch.compile
 
 
-def test_gradients_flow_through_it(model, ids):
+def test_gradients_flow_through_it(causal_lm, tokens):
     """Two chunks and a token with gradients, as with the library's cache: the same gradients of the embeddings."""
     gradients = []
-    for cache in (None, DynamicCache(config=model.config)):
-        embeds = model.get_input_embeddings()(ids[:, :30]).detach().requires_grad_()
+    for cache in (None, DynamicCache(config=causal_lm.config)):
+        embeds = causal_lm.get_input_embeddings()(tokens[:, :30]).detach().requires_grad_()
         for part in (embeds[:, :20], embeds[:, 20:29], embeds[:, 29:]):
-            output = model(inputs_embeds=part, past_key_values=cache, use_cache=True)
+            output = causal_lm(inputs_embeds=part, past_key_values=cache, use_cache=True)
             cache = cache_of(output)
         output.logits.float().logsumexp(-1).sum().backward()
         gradients.append(embeds.grad)
     assert torch.equal(*gradients) and gradients[0].abs().sum() > 0
 
 
-def test_a_step_with_gradients_only_in_the_queries(modeling, ids):
+def test_a_step_with_gradients_only_in_the_queries(modeling, tokens):
     """Keys need no gradient, but attention's backward pass needs them as they were."""
-    model = load(modeling, "tiny_20b_dynamic").requires_grad_(False)
-    model.model.layers[-1].self_attn.q_proj.weight.requires_grad_(True)
+    causal_lm = load(modeling, "tiny_20b_dynamic").requires_grad_(False)
+    causal_lm.model.layers[-1].self_attn.q_proj.weight.requires_grad_(True)
     with torch.no_grad():
-        cache = cache_of(model(ids[:, :20]))
-        model(ids[:, 20:21], past_key_values=cache)
-    loss = sum(model(ids[:, step : step + 1], past_key_values=cache).logits.sum() for step in (21, 22))
+        cache = cache_of(causal_lm(tokens[:, :20]))
+        causal_lm(tokens[:, 20:21], past_key_values=cache)
+    loss = sum(causal_lm(tokens[:, step : step + 1], past_key_values=cache).logits.sum() for step in (21, 22))
     loss.backward()  # an error if a step had written into the buffer
-    assert model.model.layers[-1].self_attn.q_proj.weight.grad.abs().sum() > 0
+    assert causal_lm.model.layers[-1].self_attn.q_proj.weight.grad.abs().sum() > 0
 
 
-def test_filled_in_inference_mode_and_continued_outside(model, ids):
+def test_filled_in_inference_mode_and_continued_outside(causal_lm, tokens):
     """Tensors made there may not be written to elsewhere."""
     with torch.inference_mode():
-        cache = cache_of(model(ids[:, :20]))
-        model(ids[:, 20:21], past_key_values=cache)
+        cache = cache_of(causal_lm(tokens[:, :20]))
+        causal_lm(tokens[:, 20:21], past_key_values=cache)
     with torch.no_grad():
-        found = [model(ids[:, step : step + 1], past_key_values=cache).logits for step in (21, 22)]
-        assert_near(torch.cat(found, dim=1), model(ids[:, :23]).logits[:, -2:])
+        found = [causal_lm(tokens[:, step : step + 1], past_key_values=cache).logits for step in (21, 22)]
+        assert_near(torch.cat(found, dim=1), causal_lm(tokens[:, :23]).logits[:, -2:])
 
 
 @torch.no_grad()
-def test_a_compiled_step_appends_to_it(model, ids):
+def test_a_compiled_step_appends_to_it(causal_lm, tokens):
     """torch.compile sees the library's operations; eager steps before and after it append in place."""
     torch.compiler.reset()
-    compiled = torch.compile(model, fullgraph=True, backend="eager")
-    cache = cache_of(model(ids[:, :20]))
+    compiled = torch.compile(causal_lm, fullgraph=True, backend="eager")
+    cache = cache_of(causal_lm(tokens[:, :20]))
     for step in range(20, 28):
-        forward = compiled if 22 <= step < 25 else model
-        logits = forward(ids[:, step : step + 1], past_key_values=cache).logits
-        assert_near(logits, model(ids[:, : step + 1]).logits[:, -1:])
+        forward = compiled if 22 <= step < 25 else causal_lm
+        logits = forward(tokens[:, step : step + 1], past_key_values=cache).logits
+        assert_near(logits, causal_lm(tokens[:, : step + 1]).logits[:, -1:])
 
 
 # In place
@@ -333,12 +338,27 @@ def test_tokens_are_appended_in_place(caches):
 
 
 @torch.no_grad()
-def test_buffers_end_where_generation_will(model, caches, ids):
+def test_memory(causal_lm, caches):
+    """A step allocates no copy of a layer's keys, as the library's does; in all at most 1.13 times as many bytes."""
+    ids = torch.randint(3, 100, (1, 2100), generator=torch.Generator().manual_seed(0))
+    largest, held = {}, {}
+    for kind in (DynamicCache, caches.GrowingCache):
+        cache = kind(config=causal_lm.config)
+        causal_lm(ids, past_key_values=cache), causal_lm(ids[:, :1], past_key_values=cache)
+        layer = cache.layers[0].keys.nbytes
+        largest[kind] = memory_use(lambda cache=cache: causal_lm(ids[:, :1], past_key_values=cache)).largest
+        held[kind] = sum(tensor.untyped_storage().nbytes() for tensor in contents(cache))
+    assert largest[DynamicCache] >= layer > 2 * largest[caches.GrowingCache]
+    assert held[DynamicCache] < held[caches.GrowingCache] <= 1.13 * held[DynamicCache]
+
+
+@torch.no_grad()
+def test_buffers_end_where_generation_will(causal_lm, caches, tokens):
     """At the announced length exactly; more tokens than announced fit all the same."""
     settings = {**TOKENS, "max_new_tokens": 40, "return_dict_in_generate": True}
-    cache = cache_of(model.generate(ids[:, :9], **settings))
+    cache = cache_of(causal_lm.generate(tokens[:, :9], **settings))
     assert [buffer.shape[2] for buffer in cache.layers[0].buffers] == [9 + 40 - 1] * 2
-    output = model.generate(ids[:, :60], **passing(cache), **settings)
+    output = causal_lm.generate(tokens[:, :60], **passing(cache), **settings)
     assert cache_of(output) is cache and cache.get_seq_length() == 99
     layer = caches.GrowingLayer(max_length=3000)
     layer.update(*states(100), None), layer.update(*states(1), None)
@@ -368,24 +388,24 @@ def test_reordered_beams_keep_their_room(caches):
 
 
 @torch.no_grad()
-def test_a_captured_step_can_write_into_the_buffers(model, caches, ids):
+def test_a_captured_step_can_write_into_the_buffers(causal_lm, caches, tokens):
     """Fixed addresses and a length that is a tensor: a static cache over the reserved buffers, then `advance`."""
-    cache, plain = (cache_of(model(ids[:, :50])) for _ in range(2))
+    cache, plain = (cache_of(causal_lm(tokens[:, :50])) for _ in range(2))
     for layer in cache.layers:
         layer.reserve(64)
     addresses = [buffer.data_ptr() for layer in cache.layers for buffer in layer.buffers]
-    captured = StaticCache(model.config, max_cache_len=64)
+    captured = StaticCache(causal_lm.config, max_cache_len=64)
     for step in range(50, 64):
         if step == 50:
-            model(ids[:, :50], past_key_values=captured)  # initialises its layers, and its length
+            causal_lm(tokens[:, :50], past_key_values=captured)  # initialises its layers, and its length
             for static, layer in zip(captured.layers, cache.layers, strict=True):
                 static.keys, static.values = layer.buffers
-        found = model(ids[:, step : step + 1], past_key_values=captured).logits
+        found = causal_lm(tokens[:, step : step + 1], past_key_values=captured).logits
         for layer in cache.layers:
             layer.advance(1)
-        assert_near(found, model(ids[:, step : step + 1], past_key_values=plain).logits)
+        assert_near(found, causal_lm(tokens[:, step : step + 1], past_key_values=plain).logits)
     for one, other in zip(contents(cache), contents(plain), strict=True):
         assert_near(one, other)
     assert addresses == [buffer.data_ptr() for layer in cache.layers for buffer in layer.buffers]
-    update_after = model(ids[:, 64:65], past_key_values=cache).logits
-    assert_near(update_after, model(ids[:, 64:65], past_key_values=plain).logits)
+    update_after = causal_lm(tokens[:, 64:65], past_key_values=cache).logits
+    assert_near(update_after, causal_lm(tokens[:, 64:65], past_key_values=plain).logits)

@@ -62,3 +62,16 @@ def test_a_decode_step_takes_at_most_60_percent_of_llamas_operators():
         context.rewind()
         counts[type(model).__name__] = sum(count_operators(Decoding(model, context).step).values())
     assert counts["InternLMForCausalLM"] <= 0.6 * counts["LlamaForCausalLM"], counts
+
+
+@torch.no_grad()
+def test_the_growing_cache_concatenates_nothing():
+    """Four operators more than the library's cache in every layer, but none that reads the past."""
+    model, counts = our_model(SHAPE, torch.float32), {}
+    for kind in ("library", "growing"):
+        side = Decoding(model, Context(model, batch=1, length=SHAPE.window, cache=kind))
+        side.first_step()  # which grows the buffers
+        counts[kind] = count_operators(side.step)
+    layers = SHAPE.layers
+    assert counts["library"]["aten::cat"] - counts["growing"]["aten::cat"] == 2 * layers
+    assert sum(counts["growing"].values()) == sum(counts["library"].values()) + 4 * layers

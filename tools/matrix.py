@@ -30,7 +30,7 @@ VERSIONS += ["5.16.1", "5.17.0", "5.19.0", "5.20.2", "5.23.0", "5.24.0"]
 TOO_OLD = "4.56.2"
 # The area of a check is in its name, test_<area>_...; all other checks are those of tests/test_golden.py.
 AREAS = {"loading": "load, save, load", "tokenizer": "tokenizer", "chat": "chat template", "training": "checkpointing"}
-GOLDEN = "goldens, generate, heads"
+GOLDEN = "goldens, generate, cache, heads"
 
 
 @dataclass
