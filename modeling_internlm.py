@@ -5,11 +5,12 @@
 * one `config.bias` switches the biases of all four attention projections;
 * the norm is one fused operation, and one token's queries and keys are rotated together;
 * the embedding has no padding_idx, so that training on the pad token's row works;
+* the default cache appends in place instead of copying the past at every token: cache_internlm.py;
 * the loss never holds float32 copies of all logits;
 * `chat` and `stream_chat` use the checkpoint's own prompt format: chat_internlm.py.
 
 Version differences of transformers are in compat_internlm.py, checks of calls and checkpoints in checks_internlm.py,
-how linear layers are called in linear_internlm.py. This file imports all siblings directly, because
+and how linear layers are called on a CPU in linear_internlm.py. This file imports all siblings directly, because
 transformers 4.57 copies no others when it loads a folder.
 
 Shapes: B batch, Q new tokens, K keys including the new ones, H heads, D head_dim, E hidden_size, V vocab_size.

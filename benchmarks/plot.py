@@ -98,8 +98,8 @@ def plot_cpu(result: dict, path: Path) -> None:
     all_axes[0][0].set_yticks(range(len(names)), names, fontsize=7.5)
     all_axes[0][0].set_ylim(-1, len(names))
     figure.suptitle(
-        "CPU: ours against Llama on the same weights; right of 1, ours is faster. Dot and bar: median and interquartile\n"
-        "range; tick: target. Blue: the median meets it; grey: only a quartile does; orange: neither does.",
+        "CPU: ours against Llama on the same weights; right of 1, ours is faster. Dot and bar:\n"
+        "median and interquartile range; tick: target. Blue: the median meets it; grey: a quartile; orange: neither.",
         x=0.01,
         ha="left",
         fontsize=8.5,
