@@ -181,9 +181,8 @@ def _append(tensor: torch.Tensor, buffer: torch.Tensor | None, new: torch.Tensor
 
 
 def _grow(tensor: torch.Tensor, capacity: int) -> Grown:
-    length = tensor.shape[2]
-    buffer = tensor.new_empty((*tensor.shape[:2], capacity, tensor.shape[3]))
-    return buffer.narrow(2, 0, length).copy_(tensor), buffer
+    buffer = _with_room(tensor, tensor.shape[0], capacity)
+    return buffer.narrow(2, 0, tensor.shape[2]).copy_(tensor), buffer
 
 
 def _reorder(tensor: torch.Tensor, buffer: torch.Tensor | None, beam_idx: torch.Tensor) -> Grown:
@@ -191,6 +190,14 @@ def _reorder(tensor: torch.Tensor, buffer: torch.Tensor | None, beam_idx: torch.
     beam_idx = beam_idx.to(tensor.device)
     if buffer is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return tensor.index_select(0, beam_idx), None
-    reordered = buffer.new_empty((beam_idx.shape[0], *buffer.shape[1:]))
-    rows = reordered.narrow(2, 0, tensor.shape[2])
-    return torch.index_select(tensor, 0, beam_idx, out=rows), reordered
+    reordered = _with_room(tensor, beam_idx.shape[0], buffer.shape[2])
+    return torch.index_select(tensor, 0, beam_idx, out=reordered.narrow(2, 0, tensor.shape[2])), reordered
+
+
+def _with_room(tensor: torch.Tensor, rows: int, capacity: int) -> torch.Tensor:
+    """A buffer for `capacity` tokens of `tensor`'s kind; what is behind its tokens is 0."""
+    heads, length, head_dim = tensor.shape[1:]
+    buffer = tensor.new_empty((rows, heads, capacity, head_dim))
+    # A captured step reads all of it: masked keys and values get the weight 0, but 0 times NaN is NaN.
+    buffer.narrow(2, length, capacity - length).zero_()
+    return buffer

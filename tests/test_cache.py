@@ -389,6 +389,19 @@ def test_reordered_beams_keep_their_room(caches):
 
 
 @torch.no_grad()
+def test_spare_room_is_zero(caches):
+    """Memory that nobody has written may hold NaN, which a mask does not hide: 0 times NaN is NaN."""
+    torch.full((2, 2, 2000, 4), torch.nan)  # freed at once, for the buffers to find
+    cache = caches.GrowingCache()
+    for length in (1000, 1, 300):
+        update(cache, length, length)
+    for _ in range(2):
+        for layer in cache.layers:
+            assert all((buffer[:, :, cache.get_seq_length() :] == 0).all() for buffer in layer.buffers)
+        cache.reorder_cache(torch.tensor([1, 0, 1]))
+
+
+@torch.no_grad()
 def test_a_captured_step_can_write_into_the_buffers(causal_lm, caches, tokens):
     """Fixed addresses and a length that is a tensor: a static cache over the reserved buffers, then `advance`."""
     cache, plain = (cache_of(causal_lm(tokens[:, :50])) for _ in range(2))
