@@ -427,8 +427,9 @@ class InternLMForCausalLM(InternLMPreTrainedModel, InternLMChatMixin, Generation
         """
         passed, library = model_kwargs.get(CACHE), cast("Any", super())
         result = library._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-        made = model_kwargs.get(CACHE)
-        if passed is None and type(made) is DynamicCache and not made.offloading:
+        made = model_kwargs.get(CACHE)  # 5.0 makes none and leaves that to the forward, which knows no length
+        plain = generation_config.use_cache if made is None else type(made) is DynamicCache and not made.offloading
+        if passed is None and plain:
             model_kwargs[CACHE] = default_cache(self.config, generation_config.max_length - 1)
         return result
 
