@@ -76,6 +76,8 @@ def test_what_generate_and_use_cache_get(causal_lm, caches, tokens):
         assert type(cache_of(output)) is caches.GrowingCache
     assert isinstance(cache_of(output), DynamicCache)
     assert cache_of(causal_lm(tokens, use_cache=False)) is None
+    without = causal_lm.generate(tokens[:, :9], **TOKENS, use_cache=False, return_dict_in_generate=True)
+    assert getattr(without, package.load("compat").CACHE, None) is None
 
 
 @torch.no_grad()
