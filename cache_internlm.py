@@ -154,9 +154,8 @@ def default_cache(config: InternLMConfig, max_length: int | None = None) -> Dyna
     return GrowingCache(config=config, max_length=max_length)
 
 
-Grown = tuple[
-    torch.Tensor, torch.Tensor | None
-]  # keys or values, (B, H, tokens, D), and the buffer they are a view of
+# Keys or values, (B, H, tokens, D), and the buffer that they are a view of, if any.
+Grown = tuple[torch.Tensor, torch.Tensor | None]
 
 
 def _append(tensor: torch.Tensor, buffer: torch.Tensor | None, new: torch.Tensor, max_length: int | None) -> Grown:

@@ -9,6 +9,7 @@ import itertools
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial, wraps
 from pathlib import Path
 from typing import NamedTuple
@@ -178,17 +179,15 @@ class Bench:
 
     def decode_one_thread(self, case: Case) -> None:
         """The same where there is no second core to use."""
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        self.decode(case, target=1.0)
-        torch.set_num_threads(threads)
+        with one_thread():
+            self.decode(case, target=1.0)
 
     @torch.no_grad()
     def generate(self, case: Case) -> None:
         """A generate call from prompt to last token, as a user makes it, and how much of it is not the forward."""
         ours, llama = self.models(case)
         ids = new_tokens(ours, case.batch, case.context)
-        if not torch.equal(generate(ours, ids, 8), generate(llama, ids, 8)) and case.dtype == torch.float32:
+        if case.dtype == torch.float32 and not torch.equal(generate(ours, ids, 8), generate(llama, ids, 8)):
             raise SidesDiffer(f"{case}: the two sides generate different tokens; not timed.")
         calls = {name: partial(generate, model, ids, NEW) for name, model in (("ours", ours), ("llama", llama))}
         outside = {name: outside_forward(model, calls[name]) for name, model in (("ours", ours), ("llama", llama))}
@@ -212,10 +211,8 @@ class Bench:
         On one thread, as synchronising more would cost longer than a product of a few microseconds. All layers share
         one layer's weights: 10 MB of separate weights would come from memory that a rented machine shares.
         """
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        self.decode(case, target, as_generate, max_rounds=121)
-        torch.set_num_threads(threads)
+        with one_thread():
+            self.decode(case, target, as_generate, max_rounds=121)
 
     def overhead_generate(self, case: Case) -> None:
         """The same, creating and passing attention mask and positions as generate does, which both sides share."""
@@ -258,6 +255,17 @@ class Bench:
         return size / self.bandwidth[megabytes]
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """The other cases get the threads back, also after one that failed."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def outside_forward(model: torch.nn.Module, call: Callable[[], object]) -> float:
     """The share of a call's time that is not spent in the model's forward."""
     inside, forward = 0.0, model.forward
@@ -278,7 +286,8 @@ def outside_forward(model: torch.nn.Module, call: Callable[[], object]) -> float
     return 1 - inside / total
 
 
-def main() -> None:
+def main() -> int:
+    """Run the benchmark; 1 if a case failed."""
     arguments = parser(__doc__).parse_args()
     start(arguments)
     report = Report("cpu", arguments)
@@ -290,7 +299,8 @@ def main() -> None:
             except SidesDiffer as error:
                 report.fail(str(case), error)
     report.finish()
+    return int(report.failed)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

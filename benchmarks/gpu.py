@@ -420,7 +420,7 @@ def main(words: list[str] | None = None) -> int:
         report.path = report.path.with_name(f"gpu-{gpu}.json")
     run_cases(arguments, report, clock)
     report.finish(remark=f"; {clock.passed():.0f} s")
-    return int(any(row["verdict"] == "FAILED" for row in report.content["rows"]))
+    return int(report.failed)
 
 
 if __name__ == "__main__":

@@ -123,6 +123,10 @@ class Report:
         text = f"{name:40s} FAILED {' '.join(reason.split())[:200]}"
         self.add({"case": name, **facts, "error": reason, "verdict": "FAILED"}, text)
 
+    @property
+    def failed(self) -> bool:
+        return any(row.get("verdict") == "FAILED" for row in self.content["rows"])
+
     def note(self, **facts: Any) -> None:
         """Add facts about the whole run, such as the measured bandwidth."""
         self.content.update(facts)

@@ -24,6 +24,7 @@ from benchmarks.models import (
 from benchmarks.report import Report
 
 from support.benchmarks import TRIAL, run_gpu_benchmark
+from support.golden import cache_of
 
 
 SHAPE = Shape(hidden=256, layers=4, heads=2, intermediate=352, vocab=512, window=64)
@@ -162,8 +163,7 @@ def test_the_bound_in_half_precision_follows_the_depth(layers):
 def test_the_default_cache_is_the_one_that_generate_makes(pair, name):
     model = pair[name]
     made = model.generate(new_tokens(model, 1, 4), max_new_tokens=2, return_dict_in_generate=True)
-    cache = getattr(made, "cache", None) or made.past_key_values
-    assert type(new_cache(model, "default", 8)) is type(cache)
+    assert type(new_cache(model, "default", 8)) is type(cache_of(made))
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from transformers import DynamicCache, StaticCache
 from benchmarks.counts import memory_use
 from tools import package
 
-from support.golden import assert_near, load
+from support.golden import assert_near, cache_of, load
 
 
 TOKENS = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
@@ -55,10 +55,6 @@ def assert_same(found, expected) -> None:
         assert torch.equal(one, other) and one.dtype == other.dtype
 
 
-def cache_of(output):
-    return getattr(output, package.load("compat").CACHE)
-
-
 def passing(cache) -> dict:
     """The argument of `generate`, by its name in this version."""
     return {package.load("compat").CACHE: cache}
@@ -77,7 +73,7 @@ def test_what_generate_and_use_cache_get(causal_lm, caches, tokens):
     assert isinstance(cache_of(output), DynamicCache)
     assert cache_of(causal_lm(tokens, use_cache=False)) is None
     without = causal_lm.generate(tokens[:, :9], **TOKENS, use_cache=False, return_dict_in_generate=True)
-    assert getattr(without, package.load("compat").CACHE, None) is None
+    assert cache_of(without) is None
 
 
 @torch.no_grad()
@@ -99,8 +95,6 @@ def test_a_cache_that_is_passed_or_named_is_used_as_it_is(causal_lm, tokens):
 
 def test_an_offloaded_cache_stays_the_librarys(causal_lm, caches):
     """Its layers move between devices, which buffers with room would not follow."""
-    if not hasattr(torch, "Stream") and not torch.cuda.is_available():
-        pytest.skip("an offloaded cache needs a stream")
     cache = caches.GrowingCache(config=causal_lm.config, offloading=True)
     assert not any(isinstance(layer, caches.GrowingLayer) for layer in cache.layers)
 

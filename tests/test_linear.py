@@ -10,13 +10,18 @@ from torch import nn
 from benchmarks.counts import count_operators
 
 from support.changes import CHANGES
-from support.golden import CHECKPOINTS, assert_near, load
+from support.golden import CHECKPOINTS, assert_near, cache_of, load
 
 
 @pytest.fixture
-def linears(modeling, monkeypatch):
+def module(modeling):
+    """linear_internlm.py, as imported by `modeling`."""
+    return sys.modules[modeling.InternLMModel.__module__.replace("modeling_", "linear_")]
+
+
+@pytest.fixture
+def linears(module, monkeypatch):
     """linear_internlm.py where the math library reads a weight with one core, and for weights of any size."""
-    module = sys.modules[modeling.InternLMModel.__module__.replace("modeling_", "linear_")]
     monkeypatch.setattr(module, "_leaves_cores_idle", lambda threads: threads > 1)
     monkeypatch.setattr(module, "_MIN_NUMEL", 0)
     threads = torch.get_num_threads()
@@ -37,8 +42,7 @@ def ids(model):
 
 def cached(model, ids):
     """A function that computes the token after `ids` over a cache of them."""
-    output = model(ids[:, :-1])
-    past = getattr(output, "cache", None) or output.past_key_values
+    past = cache_of(model(ids[:, :-1]))
 
     def step():
         logits = model(ids[:, -1:], past_key_values=past).logits
@@ -108,9 +112,8 @@ def test_slices_give_every_thread_one(linears):
         assert linears._slices(rows, threads) == slices
 
 
-def test_slices_are_used_only_where_they_win(modeling, monkeypatch):
+def test_slices_are_used_only_where_they_win(module, monkeypatch):
     """Measured once for a number of threads: half the time counts as a gain, and a few percent do not."""
-    module = sys.modules[modeling.InternLMModel.__module__.replace("modeling_", "linear_")]
     for sliced, expected in ((0.5, True), (0.95, False)):
         monkeypatch.setattr(module, "_seconds", lambda linear, *_, s=sliced: 1.0 if linear is module.call else s)
         module._leaves_cores_idle.cache_clear()

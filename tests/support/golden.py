@@ -30,6 +30,11 @@ def new_cache(kind, model, length=160):
     return DynamicCache(config=model.config) if kind == "dynamic" else StaticCache(model.config, max_cache_len=length)
 
 
+def cache_of(output):
+    """The cache of a model's or generate's output, by its name in this version."""
+    return getattr(output, "cache", None) or getattr(output, "past_key_values", None)
+
+
 @torch.no_grad()
 def forced_decode(model, ids, prompt, end, cache):
     """Logits (end - prompt + 1, V) of a prefill of `prompt` tokens, then of one decode step per token of `ids`."""
