@@ -13,8 +13,6 @@ from torch import nn
 from transformers.cache_utils import Cache
 from transformers.utils import logging
 
-from .configuration_internlm import InternLMConfig
-
 
 logger = logging.get_logger(__name__)
 
@@ -80,9 +78,10 @@ def check_inputs(
             f"position_ids has shape {tuple(position_ids.shape)} for {rows} rows of {new} new tokens: it must be "
             f"({rows}, {new}). (generate derives them from attention_mask, which needs a column for every token.)"
         )
-    if attention_mask is not None and (attention_mask.dim() not in (2, 4) or attention_mask.shape[0] not in (1, rows)):
+    shape = None if attention_mask is None else tuple(attention_mask.shape)  # a BlockMask has a shape, too
+    if shape is not None and (len(shape) not in (2, 4) or shape[0] not in (1, rows)):
         raise ValueError(
-            f"attention_mask has shape {tuple(attention_mask.shape)} for {rows} rows: it must have shape (rows, all "
+            f"attention_mask has shape {shape} for {rows} rows: it must have shape (rows, all "
             "tokens so far), with 1 for tokens and 0 for padding."
         )
     if isinstance(cache, Cache) and len(cache) and not min_layers <= len(cache) <= max_layers:
@@ -100,12 +99,12 @@ def check_cache_type(past_key_values: Any, cache: Any) -> None:
         raise ValueError(f"{wrong}: pass a transformers cache, for example DynamicCache().")
 
 
-def check_mask(attention_mask: torch.Tensor, key_length: int, cache: Cache | None) -> None:
-    """Refuse a (B, K) mask that does not cover every key; the library would pad it with zeros."""
+def check_mask(attention_mask: torch.Tensor, length: int, cache: Cache | None) -> None:
+    """Refuse a mask of 2 dimensions that does not cover every token; the library would pad it with zeros."""
     static = getattr(cache, "is_compileable", False)
-    if attention_mask.shape[1] > key_length or (attention_mask.shape[1] < key_length and not static):
+    if attention_mask.shape[1] > length or (attention_mask.shape[1] < length and not static):
         raise ValueError(
-            f"attention_mask has {attention_mask.shape[1]} columns for {key_length} tokens: it needs one for every "
+            f"attention_mask has {attention_mask.shape[1]} columns for {length} tokens: it needs one for every "
             "token so far, those in the cache included."
         )
 
@@ -122,7 +121,8 @@ def explain_cache_error(error: Exception) -> None:
 def warn_far_beyond_window(model: Any, key_length: int) -> None:
     """Warn, once per model, of a context longer than dynamic NTK is known to work for."""
     window = model.config.max_position_embeddings
-    if key_length <= _MAX_SENSIBLE_WINDOWS * window or model._warned_of_length or torch.compiler.is_compiling():
+    # Before the comparison, which would fix the length of a program that is exported.
+    if torch.compiler.is_compiling() or key_length <= _MAX_SENSIBLE_WINDOWS * window or model._warned_of_length:
         return
     model._warned_of_length = True
     logger.warning(
@@ -135,16 +135,6 @@ def warn_far_beyond_window(model: Any, key_length: int) -> None:
 def warn_of_dropped_cache() -> None:
     """Warn of a cache that is passed to a model in training with gradient checkpointing."""
     logger.warning_once("Gradient checkpointing runs every layer twice, so the cache that was passed is not used.")
-
-
-def warn_of_continuous_batching(config: InternLMConfig) -> None:
-    """Warn that an engine-managed cache leaves dynamic NTK no keys to correct."""
-    if config.rotary["type"] == "dynamic":
-        logger.warning_once(
-            "Continuous batching manages the cache itself, so there is no dynamic NTK in it: texts of more than "
-            f"max_position_embeddings={config.max_position_embeddings} tokens come out wrong. For longer ones fix the "
-            'base: config.rotary = {"type": "origin", "base": ...}, see docs/long-context.md.'
-        )
 
 
 # Loading

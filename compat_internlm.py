@@ -45,6 +45,8 @@ TIED_WEIGHTS: Any = {"lm_head.weight": "model.embed_tokens.weight"} if _VERSION 
 # generate_batch's cache alone, which the attention functions updated; from 5.24 it is the name of every cache, and the
 # attention class updates generate_batch's, too.
 CACHE = "cache" if _VERSION >= (5, 24) else "past_key_values"
+# From then on the model itself gets the keys of generate_batch's cache, and can correct them beyond the window.
+PAGES_ARE_EXACT = _VERSION >= (5, 24)
 # Until 5.3 a cache does not count its tokens, but needs their positions (cache_position) at every call.
 _CACHE_NEEDS_POSITIONS = _VERSION < (5, 4)
 _INPUTS_EMBEDS = "inputs_embeds" if _VERSION >= (5, 2) else "input_embeds"
@@ -56,6 +58,19 @@ def is_compiling() -> bool:
     False until torch 2.6, which cannot tell an export (is_exporting came with 2.7).
     """
     return _TORCH_VERSION >= (2, 7) and torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+
+
+def is_fixed(size: int) -> bool:
+    """Whether a size is the same wherever the code that is traced now, if any, will run.
+
+    torch.compile traces again where a comparison of sizes comes out differently; an exported program, or one of
+    torch.jit.trace, keeps what held when it was traced. (Until torch 2.6 a strict export refuses such sizes instead.)
+    """
+    if torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
+        return False
+    if torch.compiler.is_dynamo_compiling():
+        return _TORCH_VERSION < (2, 7) or not torch.compiler.is_exporting()
+    return not isinstance(size, torch.SymInt)
 
 
 def causal_mask(
@@ -73,10 +88,11 @@ def causal_mask(
     return create_causal_mask(config=config, attention_mask=attention_mask, position_ids=position_ids, **renamed)
 
 
-def cache_length(cache: Cache, cache_position: torch.Tensor) -> int:
-    """K: the keys that `cache.update` will return for these new tokens (the whole buffer of a static cache)."""
+def mask_sizes(cache: Cache, cache_position: torch.Tensor) -> tuple[int, int]:
+    """K, the keys that `cache.update` will return for these new tokens (the whole buffer of a static cache), and how
+    many tokens of the cache precede them, which a sliding window has dropped."""
     new_tokens: Any = cache_position if _CACHE_NEEDS_POSITIONS else cache_position.shape[0]
-    return cache.get_mask_sizes(new_tokens, 0)[0]
+    return cache.get_mask_sizes(new_tokens, 0)
 
 
 def resolve_cache(model: Any, past_key_values: Cache | None, cache: Any) -> Any:
@@ -128,11 +144,13 @@ __all__ = [
     "ALL_ATTENTION_FUNCTIONS",
     "CACHE",
     "LM_HEAD_PLAN",
+    "PAGES_ARE_EXACT",
     "TIED_WEIGHTS",
-    "cache_length",
     "capture_outputs",
     "causal_mask",
     "is_compiling",
+    "is_fixed",
+    "mask_sizes",
     "merge_with_config_defaults",
     "resolve_cache",
     "update_cache",

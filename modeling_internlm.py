@@ -37,6 +37,7 @@ from transformers.modeling_layers import (
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
+from .batching_internlm import InternLMBatchingMixin
 from .cache_internlm import default_cache
 from .chat_internlm import InternLMChatMixin, refuse_chat
 from .checks_internlm import (
@@ -44,17 +45,15 @@ from .checks_internlm import (
     check_indexes,
     check_inputs,
     check_keys,
-    check_mask,
     embed,
     warn_far_beyond_window,
-    warn_of_continuous_batching,
 )
 from .compat_internlm import (
     ALL_ATTENTION_FUNCTIONS,
     CACHE,
     LM_HEAD_PLAN,
+    PAGES_ARE_EXACT,
     TIED_WEIGHTS,
-    cache_length,
     capture_outputs,
     causal_mask,
     merge_with_config_defaults,
@@ -63,7 +62,8 @@ from .compat_internlm import (
 )
 from .configuration_internlm import InternLMConfig
 from .linear_internlm import Linear, call, linear_for
-from .rotary_internlm import attend, corrected_attention, key_positions, rotary_tables, rotate
+from .positions_internlm import is_dense, new_positions
+from .rotary_internlm import attend, corrected_attention, rotary_tables, rotate
 
 
 # The loss is computed for at most this many elements of the logits at a time: 128 MB in float32.
@@ -162,9 +162,9 @@ class InternLMAttention(nn.Module):
             attn_implementation, eager_attention_forward
         )
         if corrections:
-            states, correction = (queries, keys, values, attention_mask), (corrections, cache_position)
+            states = queries, keys, values, attention_mask
             output, weights = corrected_attention(
-                attention_interface, self, *states, *correction, dropout=0.0, scaling=self.scaling, **kwargs
+                attention_interface, self, *states, corrections, dropout=0.0, scaling=self.scaling, **kwargs
             )
         else:
             output, weights = attention_interface(
@@ -272,17 +272,18 @@ class InternLMModel(InternLMPreTrainedModel):
         if use_cache and cache is None:
             cache = default_cache(self.config)
         library_cache = cache if isinstance(cache, Cache) else None
-        position_ids, cache_position, key_length = self._positions(
+        positions = new_positions(
             inputs_embeds, attention_mask, position_ids, library_cache, kwargs.pop("cache_position", None)
         )
+        warn_far_beyond_window(self, positions.key_offset + positions.key_length)
         mask = None
         if not self._sees_all_keys(inputs_embeds, attention_mask, library_cache):
-            mask = causal_mask(self.config, inputs_embeds, attention_mask, library_cache, position_ids, cache_position)
-        # generate_batch passes a cache that is no library cache; vLLM and SGLang pass attention_instances.
-        engine_managed = cache is not library_cache or "attention_instances" in kwargs
-        key_source = "engine" if engine_managed else "forward" if cache is None else "cache"
-        tables = rotary_tables(self.config, inputs_embeds, position_ids, attention_mask, mask, key_length, key_source)
-        position_embeddings = (*tables, cache_position)
+            mask = causal_mask(
+                self.config, inputs_embeds, attention_mask, library_cache, positions.new, positions.slots
+            )
+        key_source = self._key_source(cache, mask, kwargs)
+        tables = rotary_tables(self.config, inputs_embeds, positions, attention_mask, mask, key_source)
+        position_embeddings = (*tables, positions.slots)
         attn_implementation = self.config._attn_implementation
 
         linear = linear_for(inputs_embeds)
@@ -291,7 +292,7 @@ class InternLMModel(InternLMPreTrainedModel):
             hidden_states = layer(
                 hidden_states,
                 attention_mask=mask,
-                position_ids=position_ids,
+                position_ids=positions.new,
                 position_embeddings=position_embeddings,
                 attn_implementation=attn_implementation,
                 cache=cache,
@@ -301,35 +302,20 @@ class InternLMModel(InternLMPreTrainedModel):
         with_cache: dict[str, Any] = {CACHE: library_cache}
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **with_cache)
 
-    def _positions(
-        self,
-        inputs_embeds: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        position_ids: torch.Tensor | None,
-        cache: Cache | None,
-        cache_position: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor, int]:
-        """Positions of the new tokens in their rows, (B or 1, Q), and in the cache, (Q,); and K."""
-        new, device = inputs_embeds.shape[1], inputs_embeds.device
-        if cache_position is None:  # until 5.3 generate passes it
-            cache_position = torch.arange(new, device=device) + (0 if cache is None else cache.get_seq_length())
-        key_length = new if cache is None else cache_length(cache, cache_position)
-        warn_far_beyond_window(self, key_length)
-        padding_mask = attention_mask if attention_mask is not None and attention_mask.dim() == 2 else None
-        if padding_mask is not None:
-            check_mask(padding_mask, key_length, cache)
-        if position_ids is None and padding_mask is not None:
-            position_ids = key_positions(padding_mask, key_length, device).index_select(1, cache_position)
-        elif position_ids is None:
-            position_ids = cache_position[None]
-        return position_ids.to(device), cache_position, key_length
-
     def _sees_all_keys(
         self, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor | None, cache: Cache | None
     ) -> bool:
         """Whether there is nothing to mask: one new token, no padding, no empty slots as in a static cache."""
         single = inputs_embeds.shape[1] == 1 and attention_mask is None and not getattr(cache, "is_compileable", False)
         return single and self.config._attn_implementation == "sdpa"
+
+    def _key_source(self, cache: Any, mask: Any, attention_kwargs: dict[str, Any]) -> Any:
+        """Of `rotary_tables`: generate_batch passes a cache that is no library cache, vLLM and SGLang an argument."""
+        if "attention_instances" in attention_kwargs:
+            return "engine"
+        if cache is None or isinstance(cache, Cache):
+            return "forward" if cache is None else "cache"
+        return "pages" if PAGES_ARE_EXACT and is_dense(mask) else "engine"
 
 
 def chunked_loss(
@@ -358,7 +344,7 @@ def chunked_loss(
     return torch.stack(losses).sum()
 
 
-class InternLMForCausalLM(InternLMPreTrainedModel, InternLMChatMixin, GenerationMixin):
+class InternLMForCausalLM(InternLMBatchingMixin, InternLMPreTrainedModel, InternLMChatMixin, GenerationMixin):
     _auto_class = "AutoModelForCausalLM"
     _tied_weights_keys = TIED_WEIGHTS
     _tp_plan = {"lm_head": LM_HEAD_PLAN}
@@ -432,11 +418,6 @@ class InternLMForCausalLM(InternLMPreTrainedModel, InternLMChatMixin, Generation
         if passed is None and plain:
             model_kwargs[CACHE] = default_cache(self.config, generation_config.max_length - 1)
         return result
-
-    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
-        """The library's (generate_batch and `transformers serve --continuous-batching` start here), with a warning."""
-        warn_of_continuous_batching(self.config)
-        return super().init_continuous_batching(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 class InternLMForSequenceClassification(GenericForSequenceClassification, InternLMPreTrainedModel):

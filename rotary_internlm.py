@@ -28,10 +28,21 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from .compat_internlm import is_fixed
 from .configuration_internlm import InternLMConfig
+from .positions_internlm import (
+    Positions,
+    additive_mask,
+    is_dense,
+    packed_lengths,
+    padded_positions,
+    seen_keys,
+    sequences,
+)
 
 
 Tables = tuple[torch.Tensor, torch.Tensor]  # cosines and sines, (B or 1, 1, positions, D), for `rotate`
+Correction = tuple[Tables, Tables]  # of queries and of keys
 
 # At most this many new tokens get a length L each, which costs one attention for each of them.
 _MAX_OWN_LENGTHS = 32
@@ -69,64 +80,75 @@ def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.
     return torch.addcmul(states * cos, states.roll(states.shape[-1] // 2, -1), sin)
 
 
-def packed_lengths(position_ids: torch.Tensor) -> torch.Tensor:
-    """Length of the sequence that each token belongs to, (B, Q), in rows that pack several (positions restart)."""
-    restarts = nn.functional.pad(position_ids[:, 1:] != position_ids[:, :-1] + 1, (1, 0))
-    sequence = restarts.long().cumsum(-1)
-    lengths = torch.zeros_like(position_ids).scatter_reduce(1, sequence, position_ids + 1, "amax")
-    return lengths.gather(1, sequence)
-
-
-def key_positions(attention_mask: object, key_length: int, device: torch.device) -> torch.Tensor:
-    """How many tokens of its row precede each key, (B or 1, K). Keys that no query sees get any number."""
-    if not isinstance(attention_mask, torch.Tensor):
-        return torch.arange(key_length, device=device)[None]
-    if attention_mask.dim() == 4:  # generate makes one for a static cache; its last query sees every token so far
-        seen = attention_mask[:, 0, -1]
-        seen = seen if seen.dtype == torch.bool else seen >= 0
-    else:
-        seen = attention_mask.to(device) != 0
-    seen = nn.functional.pad(seen[:, :key_length], (0, key_length - min(seen.shape[-1], key_length)))
-    return (seen.long().cumsum(-1) - 1).clamp(min=0)
-
-
 def rotary_tables(
     config: InternLMConfig,
     inputs_embeds: torch.Tensor,
-    position_ids: torch.Tensor,
-    attention_mask: object,
-    causal_mask: object,
-    key_length: int,
-    key_source: Literal["cache", "forward", "engine"],
-) -> tuple[torch.Tensor, torch.Tensor, list[Tables]]:
+    positions: Positions,
+    attention_mask: Any,
+    mask: Any,
+    key_source: Literal["cache", "pages", "forward", "engine"],
+) -> tuple[torch.Tensor, torch.Tensor, list[Correction]]:
     """The tables of one forward, shared by all layers. Which branch is taken depends on shapes, never on values.
 
     Args:
         inputs_embeds: For their shape, dtype and device.
-        attention_mask, causal_mask: As passed by the user, and as made from it for the attention function.
-        key_length: K.
-        key_source: Where attention gets its keys: from a cache, from this forward alone, or from an engine that
-            manages the cache itself and passes flattened rows. An engine leaves no keys to correct and no row to
-            measure, so queries and keys keep the trained inv_freq there; a longer context needs a fixed base
-            (docs/long-context.md).
+        attention_mask, mask: As passed by the user, and as the attention function gets it.
+        key_source: Where attention gets its keys: from a cache; from the pages of a cache that holds the rows of many
+            requests; from this forward alone; or from an engine that manages the cache itself. An engine leaves no
+            keys to correct and no row to measure, so queries and keys keep the trained inv_freq there; a longer
+            context needs a fixed base (docs/long-context.md).
 
     Returns:
-        Cosines and sines for new queries and keys, (B or 1, 1, Q, D), in the model's dtype; and the corrections,
-        tables for all K keys: none up to M, else one for all new tokens or one for each of them.
+        Cosines and sines for new queries and keys, (B or 1, 1, Q, D), in the model's dtype; and the corrections: none
+        up to M, else one for all new tokens or one for each of them.
     """
-    inv_freq = trained_inv_freq(config, inputs_embeds.device)
-    corrections = []
-    if config.rotary["type"] == "dynamic" and key_length > config.max_position_embeddings:
-        if key_source == "cache":
-            is_4d = isinstance(causal_mask, torch.Tensor) and causal_mask.dim() == 4
-            own_lengths = is_4d and inputs_embeds.shape[1] <= _MAX_OWN_LENGTHS
-            lengths = (position_ids if own_lengths else position_ids.amax(-1, keepdim=True)) + 1
-            deltas = inv_freq * ntk_log_ratio(config, lengths[..., None]).expm1()  # (B, 1 or Q, D / 2)
-            positions = key_positions(attention_mask, key_length, inputs_embeds.device)
-            corrections = [cos_sin(positions, delta, inputs_embeds.dtype) for delta in deltas.split(1, dim=1)]
-        elif key_source == "forward":
-            inv_freq = inv_freq * ntk_log_ratio(config, packed_lengths(position_ids)[..., None]).exp()
-    return *cos_sin(position_ids, inv_freq, inputs_embeds.dtype), corrections
+    inv_freq, corrections = trained_inv_freq(config, inputs_embeds.device), []
+    length = mask.shape[-1] if key_source == "pages" else positions.key_offset + positions.key_length
+    if (
+        config.rotary["type"] == "dynamic"
+        and key_source != "engine"
+        and not (is_fixed(length) and length <= config.max_position_embeddings)
+    ):
+        if key_source == "forward":
+            inv_freq = inv_freq * ntk_log_ratio(config, packed_lengths(positions.new)[..., None]).exp()
+        else:
+            corrections = corrections_of(config, inputs_embeds, positions, attention_mask, mask, key_source == "pages")
+    return *cos_sin(positions.new, inv_freq, inputs_embeds.dtype), corrections
+
+
+def corrections_of(
+    config: InternLMConfig,
+    inputs_embeds: torch.Tensor,
+    positions: Positions,
+    attention_mask: Any,
+    mask: Any,
+    paged: bool,
+) -> list[Correction]:
+    """Tables of the queries, (B, 1, Q, D), and of the keys, (B, 1, K, D): for all new tokens, or for each of them."""
+    new, device, lengths = inputs_embeds.shape[1], inputs_embeds.device, positions.new + 1
+
+    def tables(where: torch.Tensor, lengths: torch.Tensor) -> Tables:
+        inv_freq = trained_inv_freq(config, device) * ntk_log_ratio(config, lengths[..., None]).expm1()
+        return cos_sin(where, inv_freq, inputs_embeds.dtype)
+
+    few = new == 1 or (is_fixed(new) and new <= _MAX_OWN_LENGTHS)
+    if few and not paged and is_dense(mask) and (new > 1 or mask is attention_mask or isinstance(mask, torch.Tensor)):
+        counts = seen_keys(mask, new, positions.key_length, device).cumsum(-1)  # (B, Q, K)
+        return [
+            (tables(count[:, -1:] - 1, length), tables((count - 1).clamp(min=0), length))
+            for count, length in zip(counts.unbind(1), lengths.split(1, dim=1), strict=True)
+        ]
+    if is_dense(attention_mask):
+        seen = seen_keys(attention_mask, new, attention_mask.shape[-1], device)
+        rows = max(seen.shape[0], lengths.shape[0])
+        seen, lengths = seen.expand(rows, -1, -1), lengths.expand(rows, -1)
+        keys, key_lengths, lengths = sequences(seen, lengths)
+        return [(tables(seen.sum(-1) - 1, lengths), tables(keys, key_lengths))]
+    length, first = lengths.amax(-1, keepdim=True), positions.key_offset
+    keys = padded_positions(attention_mask, first + positions.key_length, device)[:, first:]
+    cos, sin = tables(keys, length)
+    slots = positions.slots - first
+    return [((cos.index_select(2, slots), sin.index_select(2, slots)), (cos, sin))]
 
 
 def corrected_attention(
@@ -136,32 +158,32 @@ def corrected_attention(
     keys: torch.Tensor,
     values: torch.Tensor,
     attention_mask: Any,
-    corrections: list[Tables],
-    cache_position: torch.Tensor,
+    corrections: list[Correction],
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`attention_interface` on corrected queries, (B, H, Q, D), and keys, (B, H, K, D).
 
     Args:
         corrections: Of `rotary_tables`.
-        cache_position: Which of the K keys the new tokens are, (Q,).
         kwargs: For `attention_interface`.
     """
     if len(corrections) > 1:  # one for each new token
         results = []
+        attention_mask = additive_mask(attention_mask, queries, keys)
         for new, correction in enumerate(corrections):
             query, mask = queries[:, :, new : new + 1], attention_mask[:, :, new : new + 1]
-            own = [correction], cache_position[new : new + 1]
-            results.append(corrected_attention(attention_interface, module, query, keys, values, mask, *own, **kwargs))
+            states = query, keys, values, mask
+            results.append(corrected_attention(attention_interface, module, *states, [correction], **kwargs))
         outputs, weights = zip(*results, strict=True)
         return torch.cat(outputs, dim=1), None if weights[0] is None else torch.cat(weights, dim=2)
-    cos, sin = corrections[0]
-    queries = rotate(queries, cos.index_select(2, cache_position), sin.index_select(2, cache_position))
+    of_queries, of_keys = corrections[0]
+    queries = rotate(queries, *of_queries)
     # Not in float16, where a product of two elements can overflow although the score does not.
     single = queries.shape[2] == 1 and (queries.dtype != torch.float16 or torch.compiler.is_compiling())
-    if single and module.config._attn_implementation in ("eager", "sdpa"):
-        return attend(corrected_scores(queries, keys, cos, sin) * module.scaling, values, attention_mask)
-    return attention_interface(module, queries, rotate(keys, cos, sin), values, attention_mask, **kwargs)
+    plain = attention_mask is None or isinstance(attention_mask, torch.Tensor)
+    if single and plain and module.config._attn_implementation in ("eager", "sdpa", "flex_attention"):
+        return attend(corrected_scores(queries, keys, *of_keys) * module.scaling, values, attention_mask)
+    return attention_interface(module, queries, rotate(keys, *of_keys), values, attention_mask, **kwargs)
 
 
 def corrected_scores(queries: torch.Tensor, keys: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

@@ -49,6 +49,12 @@ def rotary() -> types.ModuleType:
 
 
 @pytest.fixture(scope="session")
+def positions() -> types.ModuleType:
+    """positions_internlm.py, imported without going through a model folder."""
+    return package.load("positions")
+
+
+@pytest.fixture(scope="session")
 def configuration() -> types.ModuleType:
     """configuration_internlm.py, imported from this checkout instead of a model folder."""
     return package.load("configuration")

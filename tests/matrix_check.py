@@ -1,7 +1,8 @@
 """Checks for every supported version of transformers; `make matrix` runs this file in a separate environment for each.
 
-pytest does not collect it by default. It includes all tests of test_golden.py and test_cache.py, run on the classes
-as transformers loads them from a model folder. The environments hold torch, transformers, jinja2 and pytest only.
+pytest does not collect it by default. It includes all tests of test_golden.py, test_cache.py and test_masks.py, run
+on the classes as transformers loads them from a model folder. The environments hold torch, transformers, jinja2 and
+pytest only.
 """
 
 import json
@@ -16,6 +17,7 @@ import torch
 import transformers
 from test_cache import *  # noqa: F403  (its tests and fixtures, on the `modeling` below)
 from test_golden import *  # noqa: F403
+from test_masks import *  # noqa: F403
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -252,6 +254,16 @@ def test_the_gpu_benchmark(tmp_path):
     rows = run_gpu_benchmark(tmp_path)
     assert {row["kind"] for row in rows} > {"equality", "eager", "generate", "prefill", "captured", "compiled"}
     assert not [row for row in rows if row["verdict"] == "FAILED"]
+
+
+def test_continuous_batching_beyond_the_window(folders):
+    """Refused before 5.24, where attention functions alone read the pages; exact since (tests/test_generation.py)."""
+    if tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 24):
+        return
+    model = AutoModelForCausalLM.from_pretrained(folders["tiny_20b_dynamic"], trust_remote_code=True)
+    for length, limit in ((60, 5), (65, 1)):
+        with pytest.raises(ValueError, match=f"A request of {length} tokens and max_new_tokens={limit} can exceed"):
+            model.generate_batch([[5, 6], [5] * length], max_new_tokens=limit)
 
 
 def test_version():

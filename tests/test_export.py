@@ -1,5 +1,7 @@
 """torch.export of a prompt's forward, with and without a cache, and of a decode step with a static cache."""
 
+import functools
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache
@@ -24,6 +26,39 @@ def test_export(tiny_model, length):
     other = torch.flip(ids, (1,))
     exported = program.module()(input_ids=other, use_cache=False).logits
     torch.testing.assert_close(exported, tiny_model(other, use_cache=False).logits, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("way", ("with a cache", "without a cache", "strict", "trace"))
+@torch.no_grad()
+def test_a_program_of_any_length(tiny_model, way):
+    """Exported or traced at 30 tokens, a program is exact beyond the window of 256, too, where dynamic NTK begins."""
+    use_cache = way == "with a cache"
+    ids = torch.randint(5, 2000, (1, WINDOW + 100), generator=torch.Generator().manual_seed(0))
+    if way == "trace":
+        program = torch.jit.trace(Logits(tiny_model), (ids[:, :30],), check_trace=False)
+    else:
+        exported = torch.export.export(
+            Logits(tiny_model),
+            (ids[:, :30],),
+            {"use_cache": use_cache},
+            dynamic_shapes={"ids": {1: torch.export.Dim.DYNAMIC}, "use_cache": None},
+            strict=way == "strict",
+        )
+        program = functools.partial(exported.module(), use_cache=use_cache)
+    for length in (20, WINDOW, WINDOW + 1, WINDOW + 100):
+        expected = tiny_model(ids[:, :length], use_cache=use_cache).logits
+        torch.testing.assert_close(program(ids[:, :length]), expected, atol=1e-3, rtol=0)
+
+
+class Logits(torch.nn.Module):
+    """torch.jit.trace takes tensors only."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids, use_cache=False):
+        return self.model(ids, use_cache=use_cache).logits
 
 
 @torch.no_grad()

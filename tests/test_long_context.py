@@ -8,7 +8,7 @@ import torch
 from transformers import DynamicCache
 
 from support.generation import greedy_rows, pad_left
-from support.golden import assert_near, forced_decode, load, new_cache
+from support.golden import assert_near, forced_decode, load, new_cache, one_layer, with_fixed_base
 
 
 WINDOW = 64
@@ -40,14 +40,15 @@ def test_angles_are_float32_under_any_dtype_and_autocast(rotary, model, dtype, k
     """Half precision would distinguish only 797 of 5000 positions: every table is exact up to rounding."""
     config, length = model.config, 16000
     positions, exponents = torch.arange(length), torch.arange(0, config.head_dim, 2).double() / config.head_dim
+    places = rotary.Positions(new=positions[None], slots=positions, key_length=length, key_offset=0)
     with torch.autocast("cpu", dtype=torch.bfloat16 if dtype == torch.float32 else dtype):
         cos, sin, corrections = rotary.rotary_tables(
-            config, torch.zeros(1, length, 1, dtype=dtype), positions[None], None, None, length, key_source
+            config, torch.zeros(1, length, 1, dtype=dtype), places, None, None, key_source
         )
     trained = 10000**-exponents
     grown = (10000 * (length / WINDOW) ** (config.head_dim / (config.head_dim - 2))) ** -exponents
     expected = [(cos, sin, grown if key_source == "forward" else trained)]
-    expected += [(*correction, grown - trained) for correction in corrections]
+    expected += [(*tables, grown - trained) for correction in corrections for tables in correction]
     assert len(corrections) == (key_source == "cache")
     for cos, sin, inv_freq in expected:
         angles, half = positions[:, None] * inv_freq, config.head_dim // 2
@@ -77,13 +78,13 @@ def test_chunked_prefill(model, ids, cache):
     chunks, past = [], new_cache(cache, model)
     for start, end in ((0, 40), (40, 70), (70, 71), (71, 120)):
         chunks.append(model(ids[:1, start:end], past_key_values=past).logits[0])
-    plain = load_plain_at(model, 120)
+    plain = with_fixed_base(model, 120)
     # The first layer's keys do not depend on earlier bases: with one layer, the last chunk equals a full forward.
-    one = shallow(model)
+    one = one_layer(model)
     past = new_cache(cache, one)
     for start, end in ((0, 40), (40, 70), (70, 71), (71, 120)):
         last = one(ids[:1, start:end], past_key_values=past).logits[0]
-    assert_near(last, shallow(plain)(ids[:1, :120]).logits[0, 71:])
+    assert_near(last, one_layer(plain)(ids[:1, :120]).logits[0, 71:])
     # Up to the window, chunks change nothing.
     assert_near(chunks[0], model(ids[:1, :40]).logits[0])
     for length in (10, 30, WINDOW):
@@ -91,23 +92,6 @@ def test_chunked_prefill(model, ids, cache):
         for start in range(0, length, 10):
             out = model(ids[:1, start : min(start + 10, length)], past_key_values=past).logits[0]
         assert_near(out[-1], model(ids[:1, :length]).logits[0, -1])
-
-
-def load_plain_at(model, length):
-    """The same weights with the fixed base that dynamic NTK has at `length`."""
-    plain = copy.deepcopy(model)
-    head_dim = model.config.head_dim
-    base = model.config.rotary["base"] * (length / WINDOW) ** (head_dim / (head_dim - 2))
-    plain.config.rotary = {"type": "origin", "base": base, "scaling_factor": 1.0}
-    return plain
-
-
-def shallow(model):
-    """Only the first layer, with final norm and head."""
-    one = copy.deepcopy(model)
-    one.model.layers = one.model.layers[:1]
-    one.config.num_hidden_layers = 1
-    return one
 
 
 @torch.no_grad()
@@ -127,7 +111,7 @@ def test_few_tokens_at_once_equal_one_by_one(model, ids):
 @torch.no_grad()
 def test_fixed_base_is_the_same_function(model, ids):
     """As docs/long-context.md recommends for engines: plain rotary with base(N) equals dynamic NTK at N tokens."""
-    assert_near(load_plain_at(model, 200)(ids[:1, :200]).logits, model(ids[:1, :200]).logits)
+    assert_near(with_fixed_base(model, 200)(ids[:1, :200]).logits, model(ids[:1, :200]).logits)
 
 
 @torch.no_grad()
@@ -230,7 +214,7 @@ def test_assisted_decoding_is_lossless_across_the_window(model, ids, way):
 
     The prompt ends 20 tokens before the window, because the library prefills it together with its first guesses.
     """
-    assistant = shallow(model)
+    assistant = one_layer(model)
     assistant.generation_config.eos_token_id = None
     settings = {"assistant_model": assistant} if way == "assisted" else {"prompt_lookup_num_tokens": 5}
     prompt = torch.cat((ids[:1, :20], ids[:1, :20]), dim=1)
@@ -300,7 +284,7 @@ def test_chunked_scores_equal_those_of_rotated_keys(rotary, monkeypatch, rows):
 @torch.no_grad()
 def test_decode_far_beyond_the_window(model, ids, length):
     """At 2 and 8 windows, one layer: a decode step with a cache equals a forward without one at the same length."""
-    one, tokens = shallow(model), torch.cat((ids, ids), dim=1)[:1, : length * WINDOW + 3]
+    one, tokens = one_layer(model), torch.cat((ids, ids), dim=1)[:1, : length * WINDOW + 3]
     logits = forced_decode(one, tokens, length * WINDOW, length * WINDOW + 3, new_cache("dynamic", one))
     assert_near(logits[-1], one(tokens).logits[0, -1])
 

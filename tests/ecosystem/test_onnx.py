@@ -11,7 +11,8 @@ from transformers.exporters.exporter_onnx import OnnxExporter
 pytestmark = pytest.mark.ecosystem
 
 PROMPTS = ("Coming to the beautiful nature, we found", "来到美丽的大自然，我们发现")
-CAPACITY = 320  # of the static cache, more than the window of 256
+WINDOW = 256  # of checkpoints/tiny
+CAPACITY = 320  # of the static cache
 
 
 def export(model, folder, ids: torch.Tensor, dynamic: bool, generation: GenerationConfig | None = None):
@@ -28,11 +29,12 @@ def expected(model, ids: torch.Tensor, new: int) -> list[int]:
 
 @torch.no_grad()
 def test_growing_cache(tiny_model, tiny_tokenizer, tmp_path):
-    """Any batch and any length up to the window: prompts of two lengths, two rows each."""
+    """Any batch and any length: prompts of four lengths, two of them across and beyond the window, two rows each."""
     sample = tiny_tokenizer([PROMPTS[0]] * 2, return_tensors="pt")["input_ids"]
     runners = export(tiny_model, tmp_path, sample, dynamic=True)
-    for prompt in PROMPTS:
-        ids = tiny_tokenizer(prompt, return_tensors="pt")["input_ids"]
+    long = tiny_tokenizer("In the evening we walk home. " * 100, return_tensors="pt")["input_ids"]
+    short = [tiny_tokenizer(prompt, return_tensors="pt")["input_ids"] for prompt in PROMPTS]
+    for ids in (*short, long[:, : WINDOW - 6], long[:, : WINDOW + 40]):
         new, cache, tokens = ids.expand(2, -1), DynamicCache(config=tiny_model.config), []
         positions = torch.arange(ids.shape[1]).expand(2, -1)
         while len(tokens) < 24:

@@ -3,6 +3,7 @@
 Imported by tests/matrix_check.py, whose environments hold torch, transformers, jinja2 and pytest only.
 """
 
+import copy
 import json
 
 import torch
@@ -45,3 +46,20 @@ def forced_decode(model, ids, prompt, end, cache):
 
 def assert_near(actual, expected, atol=ATOL):
     torch.testing.assert_close(actual, torch.as_tensor(expected), atol=atol, rtol=0)
+
+
+def with_fixed_base(model, length):
+    """The same weights with the fixed base that dynamic NTK has at `length`."""
+    plain, head_dim = copy.deepcopy(model), model.config.head_dim
+    ratio = length / model.config.max_position_embeddings
+    base = model.config.rotary["base"] * ratio ** (head_dim / (head_dim - 2))
+    plain.config.rotary = {"type": "origin", "base": base, "scaling_factor": 1.0}
+    return plain
+
+
+def one_layer(model):
+    """Only the first layer, whose keys do not depend on earlier bases, with final norm and head."""
+    one = copy.deepcopy(model)
+    one.model.layers = one.model.layers[:1]
+    one.config.num_hidden_layers = 1
+    return one
