@@ -4,7 +4,9 @@ Imported by tests/matrix_check.py.
 """
 
 import copy
+import functools
 import sys
+import warnings
 
 import pytest
 import torch
@@ -44,10 +46,16 @@ def implementation(request):
 
 
 def without_warnings_of_flex(test):
-    """Of torch, that it is not compiled; and of transformers, by torch, of an argument of the mask."""
-    for message in ("flex_attention called without torch.compile", "_compile flag on create_block_mask"):
-        test = pytest.mark.filterwarnings(f"ignore:{message}")(test)
-    return test
+    """Of torch, that it is not compiled; and what transformers and torch tell each other is deprecated in it."""
+
+    @functools.wraps(test)
+    def quiet(**kwargs):
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "flex_attention called without torch.compile")
+            warnings.simplefilter("ignore", DeprecationWarning)
+            test(**kwargs)
+
+    return quiet
 
 
 def with_attention(dynamic, implementation):
