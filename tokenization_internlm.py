@@ -8,6 +8,7 @@ SentencePiece and nothing more, except:
 * `apply_chat_template` never turns text from a message, tool or document into a control token.
 
 sentencepiece_internlm.py reads `tokenizer.model`; neither protobuf nor sentencepiece is needed.
+tool_calls_internlm.py parses replies with tool calls.
 """
 
 import copy
@@ -37,11 +38,11 @@ from transformers.utils.chat_template_utils import get_json_schema
 from transformers.utils.generic import to_py_obj
 
 from .sentencepiece_internlm import CONTROL, NORMAL, UNKNOWN, USER_DEFINED, read_model
+from .tool_calls_internlm import parse_tool_calls
 
 
 _SPACE = "\u2581"  # how SentencePiece writes a space inside a piece
 _ROLE_HEADER = re.compile(r"<\|(User|Bot|System)\|>")
-_TOOL_CALL = re.compile(r"(?:^|\n)Action: *([^\n]*)(?:\nAction Input: *(.*?))?(?=\nAction: |\s*\Z)", re.DOTALL)
 _CLEANED = (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're")  # transformers' clean-up list
 
 
@@ -419,37 +420,7 @@ class InternLMTokenizer(PreTrainedTokenizerFast):
             **kwargs,
         )
 
-    @staticmethod
-    def parse_tool_calls(reply: str) -> dict[str, Any]:
-        """Parse a reply in the ReAct form of the chat template into a message; the template renders it as that reply.
-
-        Args:
-            reply: the generated text without control tokens: optionally a thought, then any number of `Action: name`
-                lines, each followed by `Action Input:` and a JSON object.
-
-        Returns:
-            {"role": "assistant", "content": the text before the first call}, and if there are calls "tool_calls",
-            each {"type": "function", "function": {"name": str, "arguments": dict}}.
-
-        Raises:
-            ValueError: a call without a name or arguments, or with arguments that are not a JSON object.
-        """
-        calls, first = [], None
-        for found in _TOOL_CALL.finditer(reply):
-            first = found.start() if first is None else first
-            name, given = found.group(1).strip(), found.group(2)
-            try:
-                arguments = json.loads(given or "")
-            except json.JSONDecodeError:
-                arguments = None
-            if not name or not isinstance(arguments, dict):
-                raise ValueError(
-                    f"Not a tool call: {found.group().strip()!r}. It must be a line `Action: name` and then "
-                    "`Action Input:` with a JSON object; send this back as the tool's response, or generate again."
-                )
-            calls.append({"type": "function", "function": {"name": name, "arguments": arguments}})
-        message = {"role": "assistant", "content": reply if first is None else reply[:first]}
-        return {**message, "tool_calls": calls} if calls else message
+    parse_tool_calls = staticmethod(parse_tool_calls)
 
     def _chat_marks(self, inputs: Any, chat_template: str | None) -> dict[str, str]:
         """Map each character that starts a special token to one that occurs in neither inputs nor template.

@@ -35,6 +35,7 @@ from support.texts import mixed_corpus, train_sentencepiece
 
 FILES = [
     "sentencepiece_internlm.py",
+    "tool_calls_internlm.py",
     "tokenization_internlm.py",
     "tokenizer_config.json",
     "special_tokens_map.json",
