@@ -43,11 +43,11 @@ def parse_tool_calls(reply: str) -> dict[str, Any]:
 
 
 def _parse_call(call: str) -> dict[str, Any]:
-    action, found, given = call.partition("\nAction Input:")
+    action, _, given = call.partition("\nAction Input:")
     name = action.removeprefix("Action:").strip()
     try:
-        if not found or not name or "\n" in name:
-            raise ValueError("no name, no `Action Input:`, or other text between the two")
+        if not name or "\n" in name:
+            raise ValueError("the name is not one line")
         arguments = json.loads(given, object_pairs_hook=_object)
         if not isinstance(arguments, dict):
             raise ValueError("the arguments are no object")

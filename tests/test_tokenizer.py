@@ -462,6 +462,10 @@ def test_added_tokens(small):
     assert ids == [500, 501, 502]
     assert small.decode(ids) == "wor ld<tool><x>" and small.decode(ids, skip_special_tokens=True) == "wor ld"
     assert small.convert_tokens_to_string(["wor ld", "\u2581a", "<0xE4>", "<0xBD>", "<0xA0>"]) == "wor ld a你"
+    piece = small.convert_ids_to_tokens(300)  # a piece of the model becomes special
+    text = small.decode([300], skip_special_tokens=True)
+    small.add_tokens([piece], special_tokens=True)
+    assert small.decode([300], skip_special_tokens=True) == "" != small.decode([300]) == text
 
 
 @pytest.mark.parametrize("through", ["backend_tokenizer", "a copy"])
