@@ -1,7 +1,7 @@
 """`chat` and `stream_chat`, with the signatures of 2023: a chat template, `generate` and transformers' streamers."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -15,7 +15,8 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 
-History = list[tuple[str, str]]  # (query, response) pairs, oldest first
+# The turns before, oldest first: (query, response) pairs, as in 2023, or messages with "role" and "content".
+History = list[tuple[str, str]] | list[dict[str, Any]]
 
 
 class InternLMChatMixin:
@@ -39,17 +40,20 @@ class InternLMChatMixin:
         Args:
             tokenizer: The checkpoint's tokenizer.
             query: The user's message.
-            history: (query, response) pairs of the turns before; it is not modified.
+            history: The turns before, as (query, response) pairs or as messages ({"role": "user", "content": ...},
+                ...), which may begin with a system message; it is not modified.
             streamer: A transformers streamer, for example TextStreamer.
             meta_instruction: The system message; None is the prompt format's own default, "" is none.
             max_new_tokens, do_sample, temperature, top_p, kwargs: For `generate`. The four override a
                 `generation_config` among the kwargs, and the checkpoint's.
 
         Returns:
-            The response, and the history with this turn appended. The response ends at `<eoa>` or at a token of
-            `generation_config.eos_token_id`, neither of which is part of it, unless `eos_token_id` says otherwise.
+            The response, and the history with this turn appended in its own form, as a pair if there was none. The
+            response ends at `<eoa>` or at a token of `generation_config.eos_token_id`, neither of which is part of it,
+            unless `eos_token_id` says otherwise.
 
         Raises:
+            ValueError: The query is not a string, or the history neither pairs nor messages of finished turns.
             torch.OutOfMemoryError: The conversation does not fit into memory; the message says what to shorten.
         """
         model: Any = self
@@ -66,12 +70,12 @@ class InternLMChatMixin:
             if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "allocate memory" not in str(error):
                 raise
             raise torch.OutOfMemoryError(
-                f"Out of memory at a prompt of {inputs['input_ids'].shape[1]} tokens with {len(history or [])} "
-                f"earlier turns: drop the oldest (history[1:]) or set a smaller max_new_tokens ({max_new_tokens} now)."
+                f"Out of memory at a prompt of {inputs['input_ids'].shape[1]} tokens with a history of "
+                f"{len(history or [])}: drop its oldest turns or set a smaller max_new_tokens ({max_new_tokens} now)."
             ) from error
         tokens = getattr(output, "sequences", output)  # with return_dict_in_generate it is an output class
         response: Any = tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        return response, [*(history or []), (query, response)]
+        return response, _append_turn(history, query, response)
 
     def stream_chat(
         self,
@@ -113,9 +117,11 @@ class InternLMChatMixin:
             for text in streamer:
                 if text:
                     response += text
-                    yield response, [*(history or []), (query, response)]
+                    yield response, _append_turn(history, query, response)
             if errors:
                 raise errors[0]
+            if not response:
+                yield response, _append_turn(history, query, response)
         finally:
             closed.set()
             if thread.is_alive():
@@ -143,14 +149,53 @@ class _StopWhen(StoppingCriteria):
 def _chat_inputs(
     tokenizer: PreTrainedTokenizerBase, query: str, history: History | None, meta_instruction: str | None
 ) -> BatchEncoding:
-    messages = [] if meta_instruction is None else [{"role": "system", "content": meta_instruction}]
-    for past_query, response in history or []:
-        messages += [{"role": "user", "content": past_query}, {"role": "assistant", "content": response}]
+    if not isinstance(query, str):
+        raise ValueError(
+            f"query={query!r:.60} is not a string: pass the user's new message as the query and earlier ones as the "
+            "history. For other conversations use apply_chat_template and generate."
+        )
+    messages = _history_messages(history)
+    if messages and messages[-1]["role"] == "user":
+        raise ValueError(f"The history ends with a question, {messages[-1]!r:.60}: take it out, and pass it as query.")
+    if meta_instruction is not None:
+        if messages and messages[0]["role"] == "system":
+            raise ValueError(
+                f"meta_instruction={meta_instruction!r:.60} and a history that begins with a system message: leave "
+                "one of the two out."
+            )
+        messages.insert(0, {"role": "system", "content": meta_instruction})
     messages.append({"role": "user", "content": query})
     encoded: Any = tokenizer.apply_chat_template(
         messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
     )
     return encoded
+
+
+def _history_messages(history: Any) -> list[Any]:
+    """The history as a new list of messages; ValueError if it is neither pairs nor messages."""
+    turns = [] if history is None else history
+    if isinstance(turns, list | tuple):
+        if all(isinstance(turn, Mapping) and "role" in turn for turn in turns):
+            return [*turns]
+        if all(
+            isinstance(turn, list | tuple) and len(turn) == 2 and all(isinstance(text, str) for text in turn)
+            for turn in turns
+        ):
+            return [message for query, response in turns for message in _turn_messages(query, response)]
+    raise ValueError(
+        f"history={history!r:.60} is neither a list of (query, response) pairs of strings nor of messages: write "
+        '[("Hi", "Hello!")] or [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}].'
+    )
+
+
+def _turn_messages(query: str, response: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": query}, {"role": "assistant", "content": response}]
+
+
+def _append_turn(history: Any, query: str, response: str) -> Any:
+    """A copy of the history with one more turn, in the form of the turns before; a pair if there are none."""
+    in_messages = bool(history) and isinstance(history[0], Mapping)
+    return [*(history or []), *(_turn_messages(query, response) if in_messages else [(query, response)])]
 
 
 def _stop_tokens(tokenizer: PreTrainedTokenizerBase, *generation_configs: GenerationConfig) -> list[int]:

@@ -8,6 +8,7 @@ SentencePiece and nothing more, except:
 * `apply_chat_template` never turns text from a message, tool or document into a control token.
 
 sentencepiece_internlm.py reads `tokenizer.model`; neither protobuf nor sentencepiece is needed.
+tool_calls_internlm.py parses replies with tool calls.
 """
 
 import copy
@@ -37,11 +38,11 @@ from transformers.utils.chat_template_utils import get_json_schema
 from transformers.utils.generic import to_py_obj
 
 from .sentencepiece_internlm import CONTROL, NORMAL, UNKNOWN, USER_DEFINED, read_model
+from .tool_calls_internlm import parse_tool_calls
 
 
 _SPACE = "\u2581"  # how SentencePiece writes a space inside a piece
 _ROLE_HEADER = re.compile(r"<\|(User|Bot|System)\|>")
-_TOOL_CALL = re.compile(r"(?:^|\n)Action: *([^\n]*)(?:\nAction Input: *(.*?))?(?=\nAction: |\s*\Z)", re.DOTALL)
 _CLEANED = (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're")  # transformers' clean-up list
 
 
@@ -147,7 +148,8 @@ class InternLMTokenizer(PreTrainedTokenizerFast):
             also contains added tokens.
         add_bos_token, add_eos_token: prepend bos, append eos. Default: the setting in tokenizer.json, else True and
             False.
-        kwargs: arguments of every transformers tokenizer. Here, `padding_side` defaults to "left".
+        kwargs: arguments of every fast tokenizer of transformers, `tokenizer_object` too. Here, `padding_side`
+            defaults to "left".
 
     Raises:
         ValueError: a file is missing or broken; the message names it and the fix.
@@ -157,9 +159,16 @@ class InternLMTokenizer(PreTrainedTokenizerFast):
     model_input_names = ["input_ids", "attention_mask"]
     padding_side = "left"
     slow_tokenizer_class = None
-    _pieces: tuple[dict[int, bytes], frozenset[int]] | None = None  # built by the first decode()
-    _chat_backend: tuple[dict[str, str], Tokenizer] | None = None  # built by apply_chat_template()
     _ready = False
+    # What is built on first use is outside __dict__, which pickle saves and whose hash names a cache of datasets.
+    __slots__ = ("_pieces", "_chat_backend")
+    _pieces: tuple[dict[int, bytes], frozenset[int]] | None  # built by the first decode()
+    _chat_backend: tuple[dict[str, str], Tokenizer] | None  # built by apply_chat_template()
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        tokenizer = super().__new__(cls)  # copies, too, are made without __init__
+        tokenizer._pieces = tokenizer._chat_backend = None
+        return tokenizer
 
     def __init__(
         self,
@@ -171,10 +180,9 @@ class InternLMTokenizer(PreTrainedTokenizerFast):
         bos_token: str | AddedToken = "<s>",
         eos_token: str | AddedToken = "</s>",
         pad_token: str | AddedToken = "<unk>",
-        tokenizer_object: Tokenizer | None = None,
         **kwargs: Any,
     ):
-        backend = tokenizer_object
+        backend = kwargs.pop("tokenizer_object", None)
         if backend is None:
             backend = _load_backend(tokenizer_file) if tokenizer_file else _build_backend(vocab_file)
         saved = json.loads(backend.post_processor.__getstate__()) if backend.post_processor else {}
@@ -219,6 +227,8 @@ class InternLMTokenizer(PreTrainedTokenizerFast):
                 raise cause from None
             if cause is None or isinstance(cause, ImportError):
                 raise
+            if any(callable(getattr(cls, name, None)) for name in kwargs):  # the library's message names the argument
+                raise cause from None
             raise ValueError(
                 f"A field of the tokenizer's JSON files in {pretrained_model_name_or_path}, or an argument, is not "
                 f"what transformers needs ({cause!r}): correct it, or fetch tokenizer_config.json again."
@@ -236,7 +246,7 @@ class InternLMTokenizer(PreTrainedTokenizerFast):
 
     def __getstate__(self) -> dict[str, Any]:
         """The state for pickle and copy: everything except what can be rebuilt."""
-        return {key: value for key, value in self.__dict__.items() if key not in ("_pieces", "_chat_backend")}
+        return self.__dict__.copy()
 
     def update_post_processor(self) -> None:
         """Make the backend add the current bos and eos tokens: bos A [B] eos."""
@@ -250,8 +260,10 @@ class InternLMTokenizer(PreTrainedTokenizerFast):
         )
 
     def add_tokens(self, new_tokens: Any, special_tokens: bool = False) -> int:
-        self._pieces = self._chat_backend = None
         added = super().add_tokens(new_tokens, special_tokens=special_tokens)
+        self._chat_backend = None
+        if self._pieces is not None:
+            self._read_pieces()
         if self._ready:
             self.update_post_processor()  # bos or eos may be among the new tokens
         return added
@@ -305,38 +317,51 @@ class InternLMTokenizer(PreTrainedTokenizerFast):
             ids = [ids] if isinstance(ids, int) else ids
             if ids and isinstance(ids[0], list | tuple):
                 return [self.decode(row, skip_special_tokens, clean_up_tokenization_spaces) for row in ids]
-        pieces, special_ids = self._piece_table()
         try:
-            if skip_special_tokens and not special_ids.isdisjoint(ids):
-                # Bytes before and after a skipped token never form one character.
-                runs = groupby(ids, special_ids.__contains__)
-                text = "".join(_join(map(pieces.__getitem__, run)) for special, run in runs if not special)
-            else:
-                text = _join(map(pieces.__getitem__, ids))
-        except KeyError as error:
-            raise ValueError(
-                f"Token id {error} is outside the vocabulary (0 to {max(pieces)}). Replace labels of -100, with "
-                "pad_token_id for example, before they are decoded."
-            ) from None
+            text = self._join_ids(ids, skip_special_tokens)
+        except (KeyError, TypeError):  # a tensor after the first id, or a token that was added to the backend
+            pieces, _ = self._read_pieces()
+            try:
+                text = self._join_ids(to_py_obj(ids), skip_special_tokens)
+            except KeyError as error:
+                raise ValueError(
+                    f"Token id {error} is outside the vocabulary (0 to {max(pieces)}). Replace labels of -100, with "
+                    "pad_token_id for example, before they are decoded."
+                ) from None
         clean = (
             self.clean_up_tokenization_spaces if clean_up_tokenization_spaces is None else clean_up_tokenization_spaces
         )
         return self.clean_up_tokenization(text) if clean else text
 
-    def _piece_table(self) -> tuple[dict[int, bytes], frozenset[int]]:
-        """The bytes of every id, and the special ids; built on first use and after tokens were added."""
-        table = self._pieces
-        if table is None:
-            added = self._tokenizer.get_added_tokens_decoder()
-            pieces = {i: token.content.encode() for i, token in added.items()}
+    def _join_ids(self, ids: Any, skip_special_tokens: bool) -> str:
+        pieces, special_ids = self._pieces or self._read_pieces()
+        if skip_special_tokens and not special_ids.isdisjoint(ids):
+            # Bytes before and after a skipped token never form one character.
+            runs = groupby(ids, special_ids.__contains__)
+            return "".join(_join(map(pieces.__getitem__, run)) for special, run in runs if not special)
+        return _join(map(pieces.__getitem__, ids))
+
+    def _read_pieces(self) -> tuple[dict[int, bytes], frozenset[int]]:
+        """The bytes of every id, and the special ids; called on first use and after tokens were added."""
+        if self._pieces is not None:
+            pieces = self._pieces[0]
+        else:
             base = self._tokenizer.get_vocab(with_added_tokens=False)
-            pieces.update((i, _piece_bytes(piece)) for piece, i in base.items())
-            self._pieces = table = pieces, frozenset(i for i, token in added.items() if token.special)
-        return table
+            pieces = {i: _piece_bytes(piece) for piece, i in base.items()}
+        added = self._tokenizer.get_added_tokens_decoder()
+        for i, token in added.items():
+            pieces.setdefault(i, token.content.encode())
+        self._pieces = pieces, frozenset(i for i, token in added.items() if token.special)
+        return self._pieces
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
-        pieces, ids = self._piece_table()[0], map(self._tokenizer.token_to_id, tokens)
-        return _join(pieces[i] if i is not None else _piece_bytes(token) for i, token in zip(ids, tokens, strict=True))
+        pieces, _ = self._pieces or self._read_pieces()
+        ids = map(self._tokenizer.token_to_id, tokens)
+        # An id without bytes is that of a token which was added to the backend since.
+        return _join(
+            _piece_bytes(token) if i is None else pieces.get(i, token.encode())
+            for i, token in zip(ids, tokens, strict=True)
+        )
 
     def clean_up_tokenization(self, text: str) -> str:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Remove the same spaces as transformers, whose version 5.0 lacks this method."""
@@ -419,37 +444,7 @@ class InternLMTokenizer(PreTrainedTokenizerFast):
             **kwargs,
         )
 
-    @staticmethod
-    def parse_tool_calls(reply: str) -> dict[str, Any]:
-        """Parse a reply in the ReAct form of the chat template into a message; the template renders it as that reply.
-
-        Args:
-            reply: the generated text without control tokens: optionally a thought, then any number of `Action: name`
-                lines, each followed by `Action Input:` and a JSON object.
-
-        Returns:
-            {"role": "assistant", "content": the text before the first call}, and if there are calls "tool_calls",
-            each {"type": "function", "function": {"name": str, "arguments": dict}}.
-
-        Raises:
-            ValueError: a call without a name or arguments, or with arguments that are not a JSON object.
-        """
-        calls, first = [], None
-        for found in _TOOL_CALL.finditer(reply):
-            first = found.start() if first is None else first
-            name, given = found.group(1).strip(), found.group(2)
-            try:
-                arguments = json.loads(given or "")
-            except json.JSONDecodeError:
-                arguments = None
-            if not name or not isinstance(arguments, dict):
-                raise ValueError(
-                    f"Not a tool call: {found.group().strip()!r}. It must be a line `Action: name` and then "
-                    "`Action Input:` with a JSON object; send this back as the tool's response, or generate again."
-                )
-            calls.append({"type": "function", "function": {"name": name, "arguments": arguments}})
-        message = {"role": "assistant", "content": reply if first is None else reply[:first]}
-        return {**message, "tool_calls": calls} if calls else message
+    parse_tool_calls = staticmethod(parse_tool_calls)
 
     def _chat_marks(self, inputs: Any, chat_template: str | None) -> dict[str, str]:
         """Map each character that starts a special token to one that occurs in neither inputs nor template.

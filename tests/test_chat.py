@@ -110,6 +110,82 @@ def test_history_is_not_changed(model, tokenizer):
     assert len(longer) == len(streamed) == 2
 
 
+SYSTEM = {"role": "system", "content": "Be brief."}
+ASKED = {"role": "user", "content": "a"}
+ANSWERED = {"role": "assistant", "content": "b"}
+
+
+@pytest.mark.parametrize("system", ([], [SYSTEM]), ids=("no system", "system"))
+def test_a_history_of_messages(model, tokenizer, system):
+    """The form of OpenAI's and later models' chat: the prompt is that of the pairs, and messages come back."""
+    meta = SYSTEM["content"] if system else None
+    settings = {"do_sample": False, "max_new_tokens": 8}
+    response, pairs = model.chat(tokenizer, "hi", [("a", "b")], meta_instruction=meta, **settings)
+    assert pairs == [("a", "b"), ("hi", response)]
+    history = [*system, ASKED, ANSWERED]
+    expected = [*history, {"role": "user", "content": "hi"}, {"role": "assistant", "content": response}]
+    assert model.chat(tokenizer, "hi", history, **settings) == (response, expected)
+    assert list(model.stream_chat(tokenizer, "hi", tuple(history), **settings))[-1] == (response, expected)
+    assert history == [*system, ASKED, ANSWERED]
+    assert model.chat(tokenizer, "hi", expected, **settings)[1][:-2] == expected
+
+
+def test_a_history_may_hold_tool_calls(model, tokenizer, monkeypatch):
+    """Messages are passed to the template as they are."""
+    seen = []
+    monkeypatch.setattr(model, "generate", lambda **kwargs: seen.append(kwargs["input_ids"]) or kwargs["input_ids"])
+    call = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+    parts = {"role": "assistant", "content": [{"type": "text", "text": "done"}]}
+    messages = [ASKED, {**ANSWERED, "tool_calls": [call]}, {"role": "tool", "content": "42"}, parts]
+    model.chat(tokenizer, "hi", messages, meta_instruction="")
+    turns = (
+        '<|User|>:a\n<|Bot|>:b\nAction: f\nAction Input: {"x": 1}<eoa>\n<|System|>:Response: 42\n<|Bot|>:done<eoa>\n'
+    )
+    assert tokenizer.decode(seen[0][0]) == f"<s>{turns}<|User|>:hi\n<|Bot|>:"
+
+
+NOT_PAIRS = r"is neither a list of \(query, response\) pairs of strings nor of messages: write \[\("
+WRONG = {  # query, history, meta_instruction, message
+    "string": ("hi", "ab", None, f"^history='ab' {NOT_PAIRS}"),
+    "empty string": ("hi", "", None, NOT_PAIRS),
+    "strings": ("hi", ["ab", "cd"], None, NOT_PAIRS),
+    "triples": ("hi", [("a", "b", "c")], None, NOT_PAIRS),
+    "one nested": ("hi", [[("a", "b")]], None, NOT_PAIRS),
+    "two nested": ("hi", [[("a", "b"), ("c", "d")]], None, NOT_PAIRS),
+    "no answer": ("hi", [("a", None)], None, NOT_PAIRS),
+    "numbers": ("hi", [(1, 2)], None, NOT_PAIRS),
+    "one message": ("hi", ASKED, None, NOT_PAIRS),
+    "no role": ("hi", [{"query": "a", "response": "b"}], None, NOT_PAIRS),
+    "both": ("hi", [("a", "b"), ASKED, ANSWERED], None, NOT_PAIRS),
+    "both, messages first": ("hi", [ASKED, ANSWERED, ("a", "b")], None, NOT_PAIRS),
+    "generator": ("hi", (pair for pair in [("a", "b")]), None, NOT_PAIRS),
+    "query inside": ("hi", [ASKED, ANSWERED, {"role": "user", "content": "hi"}], None, "ends with a question.*'hi'"),
+    "two systems": ("hi", [SYSTEM, ASKED, ANSWERED], "x", "meta_instruction='x' and a history that begins with a sys"),
+    "system twice": ("hi", [SYSTEM], "", "meta_instruction='' and a history that begins with a system message"),
+    "no query": (None, [ASKED, ANSWERED], None, "^query=None is not a string: pass the user's new message"),
+    "messages as query": ([ASKED], None, None, r"^query=\[\{'role': 'user'.* is not a string"),
+    "parts as query": ([{"type": "text", "text": "hi"}], None, None, "is not a string"),
+    "bytes": (b"hi", None, None, "^query=b'hi' is not a string"),
+}
+
+
+@pytest.mark.parametrize("query, history, meta, message", WRONG.values(), ids=WRONG)
+def test_wrong_histories_and_queries_are_refused(model, tokenizer, query, history, meta, message):
+    """Messages were once sent as a user's "role" and a bot's "content"."""
+    for answer in (model.chat, lambda *given, **settings: list(model.stream_chat(*given, **settings))):
+        with pytest.raises(ValueError, match=message) as caught:
+            answer(tokenizer, query, history, meta_instruction=meta, max_new_tokens=1)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("reply", ("<eoa>", "<eoh><eoa>", "</s>"))
+def test_an_empty_reply_is_streamed_once(model, tokenizer, reply):
+    """After `for response, history in stream_chat(...)` there is a history."""
+    expected = model.chat(tokenizer, "hi", **forcing(tokenizer, reply))
+    assert expected == ("", [("hi", "")])
+    assert list(model.stream_chat(tokenizer, "hi", **forcing(tokenizer, reply))) == [expected]
+
+
 @pytest.mark.parametrize("query", ("Who are you?", "你好"))
 def test_the_stream_ends_with_the_reply_of_chat_at_the_same_seed(model, tokenizer, query):
     torch.manual_seed(5)
@@ -217,8 +293,8 @@ def test_out_of_memory_errors_name_the_fix(tiny_dir):
     assert child.returncode == 0, child.stderr
     for line in (lines := child.stdout.splitlines()):
         assert re.fullmatch(
-            r"Out of memory at a prompt of \d{4,} tokens with 2 earlier turns: drop the oldest \(history\[1:\]\) "
-            r"or set a smaller max_new_tokens \(1024 now\).",
+            r"Out of memory at a prompt of \d{4,} tokens with a history of 2: drop its oldest turns or set a smaller "
+            r"max_new_tokens \(1024 now\).",
             line,
         )
     assert len(lines) == 2

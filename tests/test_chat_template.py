@@ -39,6 +39,7 @@ def folder(tmp_path_factory):
     out.mkdir()
     for name in (
         "sentencepiece_internlm.py",
+        "tool_calls_internlm.py",
         "tokenization_internlm.py",
         "tokenizer_config.json",
         "special_tokens_map.json",
@@ -348,6 +349,7 @@ def test_other_model(tmp_path):
     train_sentencepiece(Path(__file__), tmp_path / "tokenizer")
     for name in (
         "sentencepiece_internlm.py",
+        "tool_calls_internlm.py",
         "tokenization_internlm.py",
         "tokenizer_config.json",
         "chat_template.jinja",

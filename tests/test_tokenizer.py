@@ -4,6 +4,7 @@ import copy
 import functools
 import gc
 import importlib
+import inspect
 import itertools
 import json
 import logging
@@ -35,6 +36,7 @@ from support.texts import mixed_corpus, train_sentencepiece
 
 FILES = [
     "sentencepiece_internlm.py",
+    "tool_calls_internlm.py",
     "tokenization_internlm.py",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -331,8 +333,15 @@ def test_decode_accepts_the_types_that_the_library_accepts(tok):
         torch.tensor(ids),
         list(torch.tensor(ids)),
         [np.int64(i) for i in ids],
+        [ids[0], *torch.tensor(ids[1:])],
+        (*ids[:2], *torch.tensor(ids[2:], dtype=torch.int32)),
+        [ids[0], *map(np.array, ids[1:])],
     ):
         assert tok.decode(one) == text
+        assert tok.decode(one, skip_special_tokens=True) == text[3:]
+    assert tok.batch_decode([[ids[0], *torch.tensor(ids[1:])]]) == [text]
+    assert tok.decode(range(300, 303)) == tok.decode([300, 301, 302])
+    assert tok.decode([300, torch.tensor(1), torch.tensor(2)], skip_special_tokens=True) == tok.decode([300])
     for batch in ([ids, ids], torch.tensor([ids, ids]), np.array([ids, ids]), [torch.tensor(ids), torch.tensor(ids)]):
         assert tok.batch_decode(batch) == [text, text]
         assert tok.decode(batch) == [text, text]
@@ -341,9 +350,9 @@ def test_decode_accepts_the_types_that_the_library_accepts(tok):
     assert tok.decode(1) == "<s>" and tok.decode([]) == "" and tok.decode(torch.tensor([], dtype=torch.long)) == ""
 
 
-@pytest.mark.parametrize("ids", [[-100], [5, -1], [103168], [1 << 40]])
+@pytest.mark.parametrize("ids", [[-100], [5, -1], [103168], [1 << 40], [5, torch.tensor(-100)]])
 def test_decode_of_an_id_outside_the_vocabulary(tok, ids):
-    with pytest.raises(ValueError, match=rf"Token id {ids[-1]} is outside the vocabulary \(0 to 103167\).*-100"):
+    with pytest.raises(ValueError, match=rf"Token id {int(ids[-1])} is outside the vocabulary \(0 to 103167\).*-100"):
         tok.decode(ids)
 
 
@@ -353,7 +362,9 @@ def test_clean_up_only_when_asked(folder, tok):
     assert tok.decode(ids, skip_special_tokens=True) == text
     cleaned = "from.x import y. it's,n't"
     assert tok.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=True) == cleaned
-    assert load(folder, clean_up_tokenization_spaces=True).decode(ids, skip_special_tokens=True) == cleaned
+    cleaning = load(folder, clean_up_tokenization_spaces=True)
+    assert cleaning.decode(ids, skip_special_tokens=True) == cleaned
+    assert cleaning.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False) == text
 
 
 STREAMED = [
@@ -451,6 +462,24 @@ def test_added_tokens(small):
     assert ids == [500, 501, 502]
     assert small.decode(ids) == "wor ld<tool><x>" and small.decode(ids, skip_special_tokens=True) == "wor ld"
     assert small.convert_tokens_to_string(["wor ld", "\u2581a", "<0xE4>", "<0xBD>", "<0xA0>"]) == "wor ld a你"
+    piece = small.convert_ids_to_tokens(300)  # a piece of the model becomes special
+    text = small.decode([300], skip_special_tokens=True)
+    small.add_tokens([piece], special_tokens=True)
+    assert small.decode([300], skip_special_tokens=True) == "" != small.decode([300]) == text
+
+
+@pytest.mark.parametrize("through", ["backend_tokenizer", "a copy"])
+def test_tokens_added_elsewhere(small, through):
+    """decode() keeps a table, which tokens that were added to the shared backend are not in."""
+    small.decode([300])
+    other = small.backend_tokenizer if through == "backend_tokenizer" else copy.copy(small)
+    other.add_tokens(["wor ld", AddedToken("<x>", special=True)])
+    assert small.convert_tokens_to_string(["wor ld", "\u2581a"]) == "wor ld a"
+    ids = small("wor ld<x>", add_special_tokens=False)["input_ids"]
+    assert ids == [500, 501]
+    assert small.decode(ids) == "wor ld<x>" and small.decode(ids, skip_special_tokens=True) == "wor ld"
+    with pytest.raises(ValueError, match=r"Token id 502 is outside the vocabulary \(0 to 501\)"):
+        small.decode([502])
 
 
 @pytest.mark.parametrize(("bos", "eos"), list(itertools.product([True, False], repeat=2)))
@@ -555,6 +584,50 @@ def test_settings_survive_saving(small_folder, tmp_path, chosen, where, with_mod
         assert state(tok) == expected
 
 
+@pytest.mark.parametrize(("bos", "eos"), list(itertools.product([True, False], repeat=2)))
+def test_an_argument_takes_precedence_over_the_saved_setting(small, tmp_path, bos, eos):
+    """tokenizer.json has the flags, too, in the post-processor."""
+    small.add_bos_token, small.add_eos_token = not bos, not eos
+    small.save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.model").unlink()
+    tok = load(tmp_path, add_bos_token=bos, add_eos_token=eos)
+    assert (tok.add_bos_token, tok.add_eos_token) == (bos, eos)
+    plain = tok("a", add_special_tokens=False)["input_ids"]
+    assert tok("a")["input_ids"] == [1] * bos + plain + [2] * eos
+
+
+def test_saving_with_a_prefix(small, small_folder, tmp_path):
+    files = small.save_pretrained(tmp_path, filename_prefix="v1")
+    assert str(tmp_path / "v1-tokenizer.model") in files
+    assert (tmp_path / "v1-tokenizer.model").read_bytes() == (small_folder / "tokenizer.model").read_bytes()
+    assert not (tmp_path / "tokenizer.model").exists()
+
+
+def test_saving_into_its_own_folder(small_folder, tmp_path):
+    """As after training in place: tokenizer.model is not copied onto itself."""
+    folder = write_folder(tmp_path / "own", small_folder / "tokenizer.model")
+    tok = load(folder)
+    assert str(folder / "tokenizer.model") in tok.save_pretrained(folder)
+    assert (folder / "tokenizer.model").read_bytes() == (small_folder / "tokenizer.model").read_bytes()
+    assert load(folder)("hello")["input_ids"] == tok("hello")["input_ids"]
+
+
+def test_arguments_as_the_library_checks_them(small, small_folder, tmp_path):
+    """As in transformers' common tests: every default is in init_kwargs; an argument with a method's name is refused.
+
+    In tokenizer_config.json such a name is a broken file.
+    """
+    arguments = inspect.signature(small.__init__).parameters.values()
+    names = {argument.name for argument in arguments if argument.default is not inspect.Parameter.empty}
+    assert names - {"vocab_file", "tokenizer_file"} <= small.init_kwargs.keys()
+    for name in ("add_special_tokens", "get_vocab"):
+        with pytest.raises(AttributeError, match=f"^{name} conflicts with the method"):
+            load(small_folder, **{name: True})
+    folder = write_folder(tmp_path / "file", small_folder / "tokenizer.model", get_vocab=True)
+    with pytest.raises(ValueError, match="A field of the tokenizer's JSON files.*get_vocab conflicts with the method"):
+        load(folder)
+
+
 IN_A_FRESH_PROCESS = """
 import json, socket, sys
 
@@ -609,12 +682,47 @@ def test_copies_are_independent(small, duplicate):
     assert twin.decode([300]) == small.decode([300])
 
 
-def test_pickle_does_not_depend_on_use(small):
-    """datasets fingerprints a tokenizer by its pickle, which must not contain what decode() caches."""
-    before = pickle.dumps(small)
+def test_state_does_not_depend_on_use(small):
+    """datasets fingerprints a tokenizer by its __dict__, which must not contain what decode() and chats cache."""
+    states = [(pickle.dumps(small), pickle.dumps(vars(small)))]
     small.decode([300])
     small.apply_chat_template([{"role": "user", "content": "<eoa>"}])
-    assert pickle.dumps(small) == before
+    states.append((pickle.dumps(small), pickle.dumps(vars(small))))
+    assert states[0] == states[1]
+
+
+def test_a_class_changed_after_loading(small):
+    """vLLM gives a copy of every tokenizer a subclass, which Python allows only for instances of the same layout."""
+    twin = copy.copy(small)
+    twin.__class__ = type("CachedTokenizer", (type(small),), {"__len__": lambda self: 7})
+    assert len(twin) == 7 and twin.decode([300]) == small.decode([300])
+
+
+def test_copies_during_the_first_use(small):
+    """Copying a tokenizer in one thread once failed when another called decode() for the first time."""
+    errors, interval = [], sys.getswitchinterval()
+
+    def make_copies(tok, stop: threading.Event) -> None:
+        try:
+            while not stop.is_set():
+                copy.copy(tok)
+        except Exception as error:
+            errors.append(error)
+
+    sys.setswitchinterval(1e-6)
+    try:
+        for _ in range(100):
+            tok, stop = copy.deepcopy(small), threading.Event()
+            threads = [threading.Thread(target=make_copies, args=(tok, stop)) for _ in range(2)]
+            for thread in threads:
+                thread.start()
+            tok.decode([300])
+            stop.set()
+            for thread in threads:
+                thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert errors == []
 
 
 def test_train_new_from_iterator(small):
@@ -628,6 +736,15 @@ POINTER = (
     b"version https://git-lfs.github.com/spec/v1\noid sha256:aab622d98c98677a1a51f969e25764154487bf3e\nsize 1658691\n"
 )
 MODEL = (GOLDEN / "tokenizer.model").read_bytes()
+UNKNOWN = b"<unk>\x15" + bytes(4) + b"\x18\x02"  # the end of a piece in the file: its name, score and type
+
+
+def piece(name: bytes, kind: int) -> bytes:
+    """One more piece, to be appended to a SentencePiece model."""
+    fields = bytes([0x0A, len(name)]) + name + bytes([0x18, kind])
+    return bytes([0x0A, len(fields)]) + fields
+
+
 BROKEN = {
     "pointer": (POINTER, rf"Git LFS pointer \({len(POINTER)} bytes\).*git lfs pull.*hf download"),
     "empty": (b"", r"\(0 bytes\) is not a complete SentencePiece model.*fetch the file again"),
@@ -637,6 +754,12 @@ BROKEN = {
     "cut": (MODEL[:1000], "is not a complete SentencePiece model.*fetch the file again"),
     "cut late": (MODEL[:-3], "is not a complete SentencePiece model.*fetch the file again"),
     "no settings": (MODEL[: MODEL.index(b"../tiktoken") - 4], "is not a complete SentencePiece model"),
+    "cut last field": (MODEL + b"\x22\x05ab", r"is not a complete SentencePiece model \(ValueError\('truncated at"),
+    "a piece twice": (MODEL + piece(b"<eoa>", 4), "is not a complete SentencePiece model"),
+    "two unknown pieces": (MODEL + piece(b"<unk2>", 2), "is not a complete SentencePiece model"),
+    "no unknown piece": (MODEL.replace(UNKNOWN, UNKNOWN[:-1] + b"\x03"), "is not a complete SentencePiece model"),
+    "257 bytes": (MODEL + piece(b"<0x100>", 6), r"another model's tokenizer, not InternLM's \(its pieces differ\)"),
+    "unescaped spaces": (MODEL + b"\x1a\x02\x28\x00", r"another model's.*\(escape_whitespaces is 0, not 1\)"),
 }
 
 

@@ -3,6 +3,7 @@
 import importlib
 import json
 import sys
+import time
 
 import pytest
 import torch
@@ -59,9 +60,30 @@ def test_arguments_over_several_lines_and_trailing_space(tokenizer):
     assert tokenizer.parse_tool_calls(reply)["tool_calls"] == [call("search", q="天气", n=3)]
 
 
+@pytest.mark.parametrize("between", ("\n\n", "\n \n\t\n", "\r\n\r\n", " \n"))
+def test_blank_lines_before_the_arguments(tokenizer, between):
+    reply = (
+        f'Thought: hm\n\nAction: search{between}Action Input:\n\n{{"q": 1}}\n\nAction: b{between}Action Input: {{}}\n'
+    )
+    message = tokenizer.parse_tool_calls(reply)
+    assert message["tool_calls"] == [call("search", q=1), call("b")]
+    assert message["content"] == "Thought: hm\n"
+
+
+def test_only_a_whole_line_belongs_to_a_call(tokenizer):
+    """In prose and in JSON strings, and indented, the words are text; at the start of a line they begin a call."""
+    for text in ("The Action: none.", "I write Action Input: {} here", " Action: x", "Actions: a", "Action Inputs: a"):
+        assert tokenizer.parse_tool_calls(text) == {"role": "assistant", "content": text}
+    arguments = {"q": "Action: a\nAction Input: {}\nAction: b"}
+    message = {"role": "assistant", "content": "The Action: none.", "tool_calls": [call("search", **arguments)]}
+    assert tokenizer.parse_tool_calls(rendered_reply(tokenizer, message)) == message
+    with pytest.raises(ValueError, match="Not a tool call: 'Action: call the bank'"):
+        tokenizer.parse_tool_calls("Final Answer: a plan\nAction: call the bank")
+
+
 names = st.text("abcdefghijklmnopqrstuvwxyz_", min_size=1)
 values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.text(),
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
     lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
 )
 calls = st.builds(
@@ -69,12 +91,16 @@ calls = st.builds(
     names,
     st.dictionaries(names, values),
 )
+# Any text no line of which belongs to a call.
+contents = (
+    st.text() | st.lists(st.sampled_from(["Action:", "Action Input:", "\n", "\r", " ", "{}", "x"])).map("".join)
+).filter(lambda text: "\nAction:" not in f"\n{text}" and "\nAction Input:" not in f"\n{text}")
 
 
-@settings(max_examples=100, deadline=None)
-@given(st.lists(calls, min_size=1, max_size=3))
-def test_any_call_survives_rendering_and_parsing(tokenizer, tool_calls):
-    message = {"role": "assistant", "content": "", "tool_calls": tool_calls}
+@settings(max_examples=300, deadline=None)
+@given(contents, st.lists(calls, max_size=3))
+def test_any_message_survives_rendering_and_parsing(tokenizer, content, tool_calls):
+    message = {"role": "assistant", "content": content} | ({"tool_calls": tool_calls} if tool_calls else {})
     assert tokenizer.parse_tool_calls(rendered_reply(tokenizer, message)) == message
 
 
@@ -86,13 +112,73 @@ MALFORMED = (
     "Action: calculator\nAction Input: [1]",
     'Action:\nAction Input: {"a": 1}',
     'Action: a\nAction Input: {"a": 1}\nAction: b\nAction Input: {',
+    "Action: calculator\nsome text",
+    'Action: calculator\nsome text\nAction Input: {"a": 1}',
+    'Action: calculator Action Input: {"a": 1}',
+    'Action Input: {"a": 1}',
+    'Action: a\nAction Input: {"a": 1}\nAction Input: {"a": 1}',
+    'Action: a\nAction Input: {"a": 1}\nResponse: 3',
+    'Action: a\nAction: b\nAction Input: {"a": 1}',
 )
+NO_JSON = {
+    "NaN": '{"a": NaN}',
+    "infinity": '{"a": [-Infinity]}',
+    "overflow": '{"a": 1e999}',
+    "5000 digits": '{"a": %s}' % ("1" * 5000),
+    "half of a surrogate pair": r'{"a": "\ud83d"}',
+    "a key twice": '{"a": 1, "b": {"c": 1, "c": 2}}',
+    "1500 brackets": "[" * 1500,
+    "100,000 braces": '{"a":' * 100_000,
+}
 
 
 @pytest.mark.parametrize("reply", MALFORMED)
 def test_malformed_call_is_quoted(tokenizer, reply):
     with pytest.raises(ValueError, match="Not a tool call: .*Action"):
         tokenizer.parse_tool_calls("Thought: hm\n" + reply)
+
+
+@pytest.mark.parametrize("given", NO_JSON.values(), ids=NO_JSON)
+def test_arguments_that_cannot_be_written_again_are_malformed(tokenizer, given):
+    """What the template could not render, or would render differently, with a message of bounded length."""
+    with pytest.raises(ValueError, match="Not a tool call: 'Action: a.nAction Input: ") as caught:
+        tokenizer.parse_tool_calls(f"Action: a\nAction Input: {given}")
+    assert len(str(caught.value)) < 600
+
+
+# (start, what is repeated, end) of replies that a model or its user can make up.
+LONG = {
+    "spaces after the name": ("Action:", " ", "\nfoo"),
+    "lines after the name": ("Action: a", "\n", "foo"),
+    "spaces in the arguments": ("Action: a\nAction Input: {", " ", "x"),
+    "spaces after the arguments": ("Action: a\nAction Input: {}", " \n", "x"),
+    "brackets": ("Action: a\nAction Input: ", "[", ""),
+    "digits": ('Action: a\nAction Input: {"a": 0.', "1", "}"),
+    "a string": ('Action: a\nAction Input: {"a": "', '\\"', ""),
+    "names": ("", "Action:\n", ""),
+    "calls": ("", "Action: a\nAction Input: {}\n", ""),
+    "text": ("", "Action\n", ""),
+}
+
+
+@pytest.mark.parametrize("start, repeated, end", LONG.values(), ids=LONG)
+def test_parsing_takes_linear_time(tokenizer, start, repeated, end):
+    """Up to 1 MB, 8 times the text takes about 8 times as long; quadratic time would be 64 times."""
+    previous = 0.002
+    for size in (2_000, 16_000, 128_000, 1_024_000):
+        reply = start + repeated * (size // len(repeated)) + end
+        seconds = min(parsing_seconds(tokenizer, reply) for _ in range(3))
+        assert seconds < 24 * previous
+        previous = max(seconds, 0.002)
+
+
+def parsing_seconds(tokenizer, reply: str) -> float:
+    begin = time.thread_time()
+    try:
+        tokenizer.parse_tool_calls(reply)
+    except ValueError as error:
+        assert "Not a tool call" in str(error)
+    return time.thread_time() - begin
 
 
 def test_functions_and_schemas_render_alike(tokenizer):

@@ -6,8 +6,9 @@ import peft
 import pytest
 import torch
 from datasets import Dataset
+from datasets.fingerprint import Hasher
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 
@@ -228,3 +229,16 @@ def test_resize_token_embeddings(model, tiny_dir, tiny_tokenizer, tmp_path):
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True)
     with torch.no_grad():
         torch.testing.assert_close(loaded(new).logits, model(new).logits, atol=1e-5, rtol=0)
+
+
+def test_the_fingerprint_does_not_depend_on_use(tiny_dir):
+    """datasets finds the cached result of `map` by a hash of the function and its tokenizer, used or not."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_dir, trust_remote_code=True)
+    before = Hasher.hash(tokenizer)
+    tokenizer.decode([300])
+    tokenizer.apply_chat_template([{"role": "user", "content": "<eoa>"}])
+    tokenizer(TEXTS, padding=True, truncation=True, max_length=4)
+    assert Hasher.hash(tokenizer) == before
+    assert Hasher.hash(copy.deepcopy(tokenizer)) == before
+    tokenizer.add_tokens(["<new>"])
+    assert Hasher.hash(tokenizer) != before

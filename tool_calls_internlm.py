@@ -1,0 +1,70 @@
+"""Tool calls in the ReAct form that the chat template writes: where a call begins and ends, and how it is parsed.
+
+A reply is a text and then any number of calls:
+
+    Thought: I need to calculate.
+    Action: calculator
+    Action Input: {"expression": "12 + 7"}
+
+A line that begins with `Action:` or `Action Input:` belongs to a call, whatever the text before it; these words
+elsewhere in a line are text. A call ends where the next one begins, or with the reply. Blank lines and spaces around
+the name and the object are ignored. A string in JSON has no line breaks, so no line of an object begins a call.
+"""
+
+import json
+import re
+from typing import Any
+
+
+_MARK = re.compile(r"^(?=Action(?: Input)?:)", re.MULTILINE)
+
+
+def parse_tool_calls(reply: str) -> dict[str, Any]:
+    """Parse a reply in the ReAct form of the chat template into a message, which the template renders as that reply.
+
+    Takes time proportional to the length of the reply.
+
+    Args:
+        reply: the generated text without control tokens: optionally a thought, then any number of calls, each a line
+            `Action: name` followed by `Action Input:` and a JSON object.
+
+    Returns:
+        {"role": "assistant", "content": the text before the first call}, and if there are calls "tool_calls",
+        each {"type": "function", "function": {"name": str, "arguments": dict}}.
+
+    Raises:
+        ValueError: a call without a name or arguments, with other text after them, or with arguments that are not a
+            JSON object which can be written as JSON again: NaN, a key that occurs twice, thousands of brackets, ...
+    """
+    text, *marked = _MARK.split(reply)
+    message = {"role": "assistant", "content": text.removesuffix("\n") if marked else text}
+    calls = [_parse_call("".join(marked[at : at + 2])) for at in range(0, len(marked), 2)]
+    return {**message, "tool_calls": calls} if calls else message
+
+
+def _parse_call(call: str) -> dict[str, Any]:
+    action, _, given = call.partition("\nAction Input:")
+    name = action.removeprefix("Action:").strip()
+    try:
+        if not name or "\n" in name:
+            raise ValueError("the name is not one line")
+        arguments = json.loads(given, object_pairs_hook=_object)
+        if not isinstance(arguments, dict):
+            raise ValueError("the arguments are no object")
+        json.dumps(arguments, ensure_ascii=False, allow_nan=False).encode()  # NaN, 1e999, half of a surrogate pair
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"Not a tool call: {call.strip()!r:.200} ({error}). It must be a line `Action: name` and then "
+            "`Action Input:` with a JSON object; send this back as the tool's response, or generate again."
+        ) from error
+    return {"type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def _object(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(items)
+    if len(value) < len(items):
+        raise ValueError("a key occurs twice")
+    return value
+
+
+__all__ = ["parse_tool_calls"]
