@@ -147,6 +147,8 @@ def corrections_of(
     length, first = lengths.amax(-1, keepdim=True), positions.key_offset
     keys = padded_positions(attention_mask, first + positions.key_length, device)[:, first:]
     cos, sin = tables(keys, length)
+    if is_fixed(new) and new == positions.key_length:  # the first tokens: the same tables, not a copy
+        return [((cos, sin), (cos, sin))]
     slots = positions.slots - first
     return [((cos.index_select(2, slots), sin.index_select(2, slots)), (cos, sin))]
 

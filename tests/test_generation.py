@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from support.generation import GREEDY, PROMPTS, greedy_ids, greedy_text
+from support.golden import load
 
 
 @pytest.fixture(scope="module")
@@ -96,21 +97,18 @@ def weaker_model(folder):
 
 
 @pytest.mark.parametrize("attention", ("eager", "sdpa"))
-def test_generate_batch(tiny_dir, tiny_tokenizer, attention):
-    """Continuous batching of prompts within, across and beyond the window of 256, alone and together."""
-    model = AutoModelForCausalLM.from_pretrained(
-        tiny_dir, trust_remote_code=True, dtype=torch.float32, attn_implementation=attention
+def test_generate_batch(modeling, attention):
+    """Continuous batching of prompts within, across and far beyond the window of 64: the tokens of each alone."""
+    model = load(modeling, "tiny_20b_dynamic", attn_implementation=attention)
+    ids = torch.randint(3, model.config.vocab_size, (200,), generator=torch.Generator().manual_seed(0))
+    prompts = [ids[:length].tolist() for length in (200, 5, 60, 130)] + [ids[20:40].tolist()]
+    expected = [greedy_ids(model, torch.tensor([prompt]), eos_token_id=None) for prompt in prompts]
+    outputs = model.generate_batch(
+        prompts,
+        generation_config=GenerationConfig(**GREEDY, eos_token_id=-1),
+        continuous_batching_config=ContinuousBatchingConfig(num_blocks=64, max_batch_tokens=512),
+        progress_bar=False,
     )
-    prompts = [tiny_tokenizer(text)["input_ids"] for text in (*PROMPTS, "In the evening the farmer went home. " * 40)]
-    prompts[-1:] = [prompts[-1][:250], prompts[-1][10:300]]
-    assert len(prompts[-1]) == 290
-    expected = [greedy_ids(model, torch.tensor([ids])) for ids in prompts]
-    settings = {
-        "generation_config": GenerationConfig(**GREEDY, eos_token_id=model.generation_config.eos_token_id),
-        "continuous_batching_config": ContinuousBatchingConfig(num_blocks=64, max_batch_tokens=640),
-        "progress_bar": False,
-    }
-    outputs = model.generate_batch(prompts, **settings)
     assert [output.generated_tokens for output in outputs.values()] == expected
 
 
