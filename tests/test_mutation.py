@@ -32,6 +32,7 @@ def test_area():
 def test_grown():
     assert two.grown([], 1) == [0] and two.grown([0, 1], 1) == [0, 1]
 """
+IMPORT = "import two_internlm\n\ndef test_import():\n    assert two_internlm\n"
 
 
 @pytest.fixture
@@ -116,18 +117,38 @@ def test_a_mutation_is_noticed_or_survives(project, tmp_path, monkeypatch):
 
     tested = []
 
-    def counted(mutant, trees):
+    def noted(measured, tree, mutant):
         tested.append(mutant)
         return {"result": "survived", "by": ""}
 
-    monkeypatch.setattr(mutation, "test", counted)
+    monkeypatch.setattr(mutation, "test", noted)
     assert mutation.run(project, chosen, results) == records
     assert tested == []
     mutation.run(project, chosen, results, again=True)
     assert tested == chosen[1:2]
-    (project / "tests" / "test_two.py").write_text(TESTS + "\n")
-    mutation.run(project, chosen, results)
-    assert [mutant.operator for mutant in tested[1:]] == ["none"]  # whether the new tests pass without a mutation
+
+
+def test_the_tests_that_run_a_line_are_measured(project, tmp_path):
+    """By test where one runs it, by file where it is run at import. Only a test file that has changed is run again."""
+    (project / "tests" / "test_one.py").write_text(
+        "import two_internlm\n\ndef test_name():\n    assert two_internlm\n"
+    )
+    chosen = mutation.sample([project / "two_internlm.py"], 1, seed=0)
+    mutation.run(project, chosen, tmp_path / "results.jsonl")
+    measured = mutation.measurements(project, tmp_path / "measured")
+    assert list(measured) == ["tests/test_one.py", "tests/test_two.py"]
+    lines = ast.unparse(ast.parse(MODULE)).splitlines()
+
+    def reaching(text):
+        return mutation.reaching(measured, "two_internlm.py", 1 + next(i for i, x in enumerate(lines) if text in x))
+
+    assert reaching("return width") == (["tests/test_two.py::test_area"], ["tests/test_two.py"])
+    assert reaching("raise") == ([], [])
+    quick, files = reaching("def area")
+    assert (quick, set(files)) == ([], set(measured))
+    (project / "tests" / "test_one.py").write_text("import two_internlm\n")
+    changed = mutation.measurements(project, tmp_path / "measured")
+    assert [name for name in measured if measured[name] != changed[name]] == ["tests/test_one.py"]
 
 
 def test_an_endless_loop_is_a_timeout(project, tmp_path, monkeypatch):
@@ -139,11 +160,18 @@ def test_an_endless_loop_is_a_timeout(project, tmp_path, monkeypatch):
     assert [record["result"] for record in mutation.run(project, endless, tmp_path / "results.jsonl")] == ["timeout"]
 
 
-def test_tests_that_fail_without_a_mutation_are_an_error(project, tmp_path):
+def test_a_test_that_fails_without_a_mutation_notices_nothing(project, tmp_path, capsys):
     (project / "tests" / "test_two.py").write_text(TESTS.replace("== 6", "== 7"))
+    made = [mutant for mutant in mutation.mutants(project / "two_internlm.py", 0) if mutant.operator == "arithmetic"]
+    assert [record["result"] for record in mutation.run(project, made, tmp_path / "results.jsonl")] == ["survived"]
+    assert "Not counted, for they fail without a mutation: tests/test_two.py::test_area" in capsys.readouterr().out
+
+
+def test_a_test_file_that_cannot_be_run_is_an_error(project, tmp_path):
+    (project / "tests" / "test_two.py").write_text("import two_internlm, absent")
     chosen = mutation.sample([project / "two_internlm.py"], 1, seed=0)
-    with pytest.raises(SystemExit, match=r"Without a mutation the tests fail: tests/test_two\.py::test_area"):
-        mutation.run(project, chosen, tmp_path / "results.jsonl", jobs=1)
+    with pytest.raises(SystemExit, match=r"pytest tests/test_two\.py ends with 2, without a mutation"):
+        mutation.run(project, chosen, tmp_path / "results.jsonl")
 
 
 def test_report():

@@ -2,16 +2,18 @@
 
     python tools/mutation.py --files rotary_internlm.py cache_internlm.py --number 20 --seed 1
 
-A seed fixes the sample: each file gets a share by its lines, and a site in it is as likely as any other. A
-mutation is tested in a copy of the tree, by one pytest process that ends at the first failure and begins with the test
-files that know the module best (FIRST); it has survived when all of them have passed. Each result is appended to
-build/mutation/<seed>.jsonl, so that a rerun resumes, and repeats the mutations of a module that has changed.
+A seed fixes the sample: each file gets a share by its lines, and a site in it is as likely as any other. First every
+test file runs once without a mutation, with coverage, in a process of its own. Each mutation is then tested in a copy
+of the tree: by the quickest tests that run its line, and if they pass by all files that run it. It has survived when
+these pass, too. Each result is appended to build/mutation/<seed>.jsonl, so that a rerun resumes; when a module has
+changed, its mutations are new ones. Exits with 1 below --at-least.
 """
 
 import argparse
 import ast
 import contextlib
 import difflib
+import functools
 import hashlib
 import itertools
 import json
@@ -27,36 +29,23 @@ import sys
 import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import coverage
 import torch
 import transformers
 from tqdm import tqdm
 
 
 ROOT = Path(__file__).resolve().parents[1]
-# The test files that notice most mutations of a module; all others follow, in alphabetical order.
-FIRST = {
-    "cache_internlm.py": ("cache", "golden", "generation", "memory"),
-    "chat_internlm.py": ("chat",),
-    "checks_internlm.py": ("invalid_calls", "broken_checkpoints", "long_context"),
-    "compat_internlm.py": ("golden", "invalid_calls", "cache", "generation", "heads"),
-    "configuration_internlm.py": ("configuration", "save_and_load", "old_checkpoints", "golden"),
-    "linear_internlm.py": ("linear", "compile", "operator_count"),
-    "modeling_internlm.py": ("golden", "invalid_calls", "heads", "generation", "memory", "long_context", "compile"),
-    "rotary_internlm.py": ("long_context", "golden", "operator_count", "memory", "compile"),
-    "sentencepiece_internlm.py": ("tokenizer",),
-    "tokenization_internlm.py": ("tokenizer", "chat_template", "tool_calls", "save_and_load"),
-}
-# Test files of `make test` that run no code of the root modules which the others do not run.
-LEFT_OUT = {"benchmarks", "convert", "evaluation", "examples", "house_rules", "mutation", "readme", "real_model"}
-LEFT_OUT |= {"tiny", "upload", "variants"}
 MARKERS = "not slow and not evaluation and not ecosystem and not gpu"  # as `make test`
 NOT_COPIED = shutil.ignore_patterns(".git", ".venv*", "build", "__pycache__", ".hypothesis", ".*_cache")
-TEST_TIMEOUT, TOTAL_TIMEOUT = 300, 3600  # seconds: of one test, and of all
+TEST_TIMEOUT, TOTAL_TIMEOUT = 300, 3600  # seconds: of one test, and of one pytest process
+QUICK = 30  # seconds of tests that run the mutated line, before all tests of their files
+DURATION = re.compile(r"^([\d.]+)s (?:setup|call|teardown) +(.+?) *$", re.MULTILINE)
 
 BOUNDARY = {ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt}
 NEGATION = {ast.Lt: ast.GtE, ast.Gt: ast.LtE, ast.Eq: ast.NotEq, ast.Is: ast.IsNot, ast.In: ast.NotIn}
@@ -65,8 +54,6 @@ ARITHMETIC = {ast.Add: ast.Sub, ast.Mult: ast.Div, ast.FloorDiv: ast.Mult, ast.M
 ARITHMETIC |= {ast.Sub: ast.Add, ast.Div: ast.Mult, ast.BitOr: ast.BitAnd, ast.BitAnd: ast.BitOr}
 ARITHMETIC |= {ast.LShift: ast.RShift, ast.RShift: ast.LShift, ast.USub: ast.UAdd}
 TYPES = {"Callable", "Literal", "dict", "list", "tuple"}
-
-
 UNSWAPPED = {"getattr", "isinstance", "max", "min"}  # an error at once, or no change
 
 
@@ -271,25 +258,19 @@ def sample(files: list[Path], number: int, seed: int) -> list[Mutant]:
     return list(itertools.chain.from_iterable(chosen))
 
 
-def order(tree: Path, file: str) -> list[str]:
-    """The test files for a module, those first that know it best."""
-    files = {path.stem[5:]: str(path.relative_to(tree)) for path in sorted(tree.glob("tests/test_*.py"))}
-    first = [name for name in FIRST.get(file, ()) if name in files]
-    return [files[name] for name in dict.fromkeys([*first, *files]) if name not in LEFT_OUT]
-
-
-def run_tests(tree: Path, tests: list[str]) -> dict[str, str]:
-    """Run test files in a copy of the tree, with caches of its own: the result, and the first test that failed."""
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-m", MARKERS]
+def run_pytest(tree: Path, arguments: list[str]) -> tuple[int | None, str]:
+    """Run tests in a copy of the tree, with caches of its own: (exit status, None after too long; output)."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", MARKERS]
     with tempfile.TemporaryDirectory(dir=tree.parent, ignore_cleanup_errors=True) as scratch:
-        own = {name: f"{scratch}/{name}" for name in ("HF_HOME", "HF_MODULES_CACHE", "TMPDIR")}
+        own = {"HF_HOME": f"{scratch}/home", "TMPDIR": f"{scratch}/tmp", "PYTHONDONTWRITEBYTECODE": "1"}
+        inherited = {name: value for name, value in os.environ.items() if name != "HF_MODULES_CACHE"}  # is in HF_HOME
         Path(own["TMPDIR"]).mkdir()
         log = Path(scratch) / "log"
         with log.open("w") as file:
             process = subprocess.Popen(
-                [*command, f"--timeout={TEST_TIMEOUT}", *tests],
+                [*command, f"--timeout={TEST_TIMEOUT}", *arguments],
                 cwd=tree,
-                env={**os.environ, **own, "PYTHONDONTWRITEBYTECODE": "1"},
+                env=inherited | own,
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
@@ -301,35 +282,123 @@ def run_tests(tree: Path, tests: list[str]) -> dict[str, str]:
             finally:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)  # and the processes that a test started
-        output = log.read_text(encoding="utf-8", errors="replace")
-    if status == 0:
-        return {"result": "survived", "by": ""}
-    failed = re.search(r"^(?:FAILED|ERROR) (\S+)", output, re.MULTILINE)
-    timeout = status is None or "from pytest-timeout" in output
-    return {"result": "timeout" if timeout else "noticed", "by": failed[1] if failed else output[-500:]}
+        return status, log.read_text(encoding="utf-8", errors="replace")
 
 
-def baseline(tree: Path) -> Mutant:
-    """No mutation: the tests must pass in the copy. Its key changes with every Python file."""
-    content = "".join(hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(tree.rglob("*.py")))
-    return Mutant("", 0, "none", "", "", content)
+def failures(output: str) -> list[str]:
+    return re.findall(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", output, re.MULTILINE)
 
 
-def test(mutant: Mutant, trees: queue.Queue) -> dict[str, str]:
-    """Run the tests on a mutant, in a copy of the tree that no other thread uses meanwhile."""
-    tree = trees.get()
+def measure(tree: Path, item: tuple[str, Path]) -> None:
+    """Run a test file without a mutation, and store which test runs which lines (.coverage) and the output (.txt).
+
+    Raises:
+        SystemExit: The file cannot be run.
+    """
+    test_file, stem = item
+    settings, data = stem.with_suffix(".ini"), stem.with_suffix(".coverage")
+    settings.write_text(f"[run]\ninclude = */*_internlm.py\npatch = subprocess\ndata_file = {data}\n")
+    options = [f"--cov-config={settings}", "--cov", "--cov-context=test", "--cov-report=", "--durations=0", "-vv"]
+    status, output = run_pytest(tree, [*options, test_file])
+    if status not in (0, 1, 5):  # all passed, some failed, all are for other environments
+        raise SystemExit(
+            f"pytest {test_file} ends with {status}, without a mutation: repair it first.\n{output[-2000:]}"
+        )
+    stem.with_suffix(".txt").write_text(output, encoding="utf-8")
+
+
+def failing(measured: dict[str, Path]) -> list[str]:
+    """Tests that fail without a mutation. They notice nothing."""
+    return [name for stem in measured.values() for name in failures(stem.with_suffix(".txt").read_text("utf-8"))]
+
+
+def reaching(measured: dict[str, Path], module: str, line: int) -> tuple[list[str], list[str]]:
+    """Tests that run this line, the quickest first, up to QUICK seconds; and all files in which it is run.
+
+    A file counts as a whole, for its tests may share what was computed once.
+    """
+    tests: dict[str, float] = {}
+    files: dict[str, float] = {}
+    for name, stem in measured.items():
+        data = coverage.CoverageData(str(stem.with_suffix(".coverage")))
+        data.read()
+        modules = [file for file in data.measured_files() if Path(file).name == module]
+        contexts = {context for file in modules for context in data.contexts_by_lineno(file).get(line, ())}
+        if contexts:
+            seconds: Counter = Counter()
+            for time, test in DURATION.findall(stem.with_suffix(".txt").read_text(encoding="utf-8")):
+                seconds[test] += float(time)
+            files[name] = sum(seconds.values())
+            tests |= {test: seconds[test] for test in (context.rpartition("|")[0] for context in contexts) if test}
+    ordered = sorted(tests, key=tests.__getitem__)
+    total = itertools.accumulate(tests[test] for test in ordered)
+    quick = [test for test, seconds in zip(ordered, total, strict=True) if seconds <= QUICK]
+    return quick, sorted(files, key=files.__getitem__)
+
+
+def test(measured: dict[str, Path], tree: Path, mutant: Mutant) -> dict[str, str]:
+    """Run the tests on a mutant: the result, and the first test that failed."""
+    module = tree / mutant.file
+    original = module.read_text(encoding="utf-8")
+    pairs = itertools.zip_longest(original.splitlines(), mutant.source.splitlines())
+    line = next(number for number, (old, new) in enumerate(pairs, 1) if old != new)
+    quick, files = reaching(measured, mutant.file, line)
+    without_these = [f"--deselect={name}" for name in failing(measured)]
+    module.write_text(mutant.source, encoding="utf-8")
     try:
-        if not mutant.file:
-            return run_tests(tree, order(tree, ""))
-        module = tree / mutant.file
-        original = module.read_text(encoding="utf-8")
-        module.write_text(mutant.source, encoding="utf-8")
-        try:
-            return run_tests(tree, order(tree, mutant.file))
-        finally:
-            module.write_text(original, encoding="utf-8")
+        for tests in filter(None, (quick, files)):
+            status, output = run_pytest(tree, ["-x", *without_these, *tests])
+            if status not in (0, 5):
+                timeout = status is None or "from pytest-timeout" in output
+                return {
+                    "result": "timeout" if timeout else "noticed",
+                    "by": "".join(failures(output)) or output[-500:],
+                }
     finally:
+        module.write_text(original, encoding="utf-8")
+    return {"result": "survived", "by": "" if files else "no test runs this line"}
+
+
+def copies(root: Path, folder: Path, count: int) -> queue.Queue:
+    """Copies of the tree, with the modules as ast.unparse writes them, for the mutants are written so."""
+    trees: queue.Queue = queue.Queue()
+    for number in range(count):
+        tree = folder / str(number)
+        shutil.copytree(root, tree, ignore=NOT_COPIED)
+        for module in tree.glob("*_internlm.py"):
+            module.write_text(ast.unparse(ast.parse(module.read_text(encoding="utf-8"))), encoding="utf-8")
         trees.put(tree)
+    return trees
+
+
+def each(function: Callable, items: list, trees: queue.Queue, unit: str) -> Iterator[tuple[Any, Any]]:
+    """(item, function(tree, item)) as they come; as many at a time as there are trees."""
+
+    def call(item: Any) -> tuple[Any, Any]:
+        tree = trees.get()
+        try:
+            return item, function(tree, item)
+        finally:
+            trees.put(tree)
+
+    with ThreadPoolExecutor(trees.qsize()) as pool:
+        tasks = [pool.submit(call, item) for item in items]
+        try:
+            for task in tqdm(as_completed(tasks), total=len(tasks), unit=unit, disable=not tasks):
+                yield task.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def measurements(root: Path, folder: Path) -> dict[str, Path]:
+    """Where the measurement of each test file is stored: under another name when it or what it runs has changed."""
+    tests = [path for path in sorted(root.glob("tests/test_*.py")) if path.name != "test_mutation.py"]
+    folders = ("", "benchmarks/", "examples/", "tests/support/", "tools/", "tools/*/")
+    sources = [path for folder in folders for path in sorted(root.glob(f"{folder}*.py")) if path.name != "mutation.py"]
+    sources += root.glob("tests/conftest.py")
+    common = "".join(hashlib.sha256(path.read_bytes()).hexdigest() for path in sources)
+    digests = {path: hashlib.sha256(common.encode() + path.read_bytes()).hexdigest()[:12] for path in tests}
+    return {f"tests/{path.name}": folder / f"{path.stem}-{digest}" for path, digest in digests.items()}
 
 
 def run(root: Path, sampled: list[Mutant], results: Path, jobs: int = 2, again: bool = False) -> list[dict[str, Any]]:
@@ -339,39 +408,27 @@ def run(root: Path, sampled: list[Mutant], results: Path, jobs: int = 2, again: 
         again: Test those that survived once more, for the tests have changed.
 
     Raises:
-        SystemExit: The tests fail without a mutation.
+        SystemExit: A test file cannot be run without a mutation.
     """
-    results.parent.mkdir(parents=True, exist_ok=True)
+    measured = measurements(root, results.parent / "measured")
+    (results.parent / "measured").mkdir(parents=True, exist_ok=True)
     lines = results.read_text(encoding="utf-8").splitlines() if results.exists() else []
     known = {record["key"]: record for record in map(json.loads, lines)}
+    old = {key for key, record in known.items() if not (again and record["result"] == "survived")}
+    todo = [mutant for mutant in sampled if mutant.key not in old]
+    unmeasured = [item for item in measured.items() if todo and not item[1].with_suffix(".txt").exists()]
     with tempfile.TemporaryDirectory(prefix="mutation-", ignore_cleanup_errors=True) as folder:
-        trees: queue.Queue = queue.Queue()
-        for job in range(jobs):
-            tree = Path(folder) / str(job)
-            shutil.copytree(root, tree, ignore=NOT_COPIED)
-            for file in {mutant.file for mutant in sampled}:  # as ast.unparse writes them: the mutants are written so
-                (tree / file).write_text(ast.unparse(ast.parse((tree / file).read_text(encoding="utf-8"))))
-            trees.put(tree)
-        wanted = [baseline(tree), *sampled]
-        todo = [m for m in wanted if m.key not in known or (again and m.file and known[m.key]["result"] == "survived")]
-        with (
-            ThreadPoolExecutor(jobs) as pool,
-            results.open("a", encoding="utf-8") as file,
-            tqdm(total=len(todo), unit="mutant") as bar,
-        ):
-            tasks = {pool.submit(test, mutant, trees): mutant for mutant in todo}
-            try:
-                for task in as_completed(tasks):
-                    mutant = tasks[task]
-                    known[mutant.key] = {"key": mutant.key, **mutant._asdict(), **task.result()}
-                    if not mutant.file and known[mutant.key]["result"] != "survived":
-                        by = task.result()["by"]
-                        raise SystemExit(f"Without a mutation the tests fail: {by}. Repair them first.")
-                    del known[mutant.key]["source"]
-                    print(json.dumps(known[mutant.key]), file=file, flush=True)
-                    bar.update()
-            finally:
-                pool.shutdown(cancel_futures=True)
+        trees = copies(root, Path(folder), jobs)
+        for _ in each(measure, unmeasured, trees, "test file"):
+            pass
+        for mutant, result in each(functools.partial(test, measured), todo, trees, "mutant"):
+            record = {"key": mutant.key, **mutant._asdict(), **result}
+            del record["source"]
+            known[mutant.key] = record
+            with results.open("a", encoding="utf-8") as file:
+                print(json.dumps(record), file=file)
+    if todo and (bad := failing(measured)):
+        print(f"Not counted, for they fail without a mutation: {', '.join(bad)}")
     return [known[mutant.key] for mutant in sampled]
 
 
