@@ -4,7 +4,7 @@ import ast
 
 import pytest
 
-from tools import mutation
+from tools import mutation, package
 
 
 MODULE = '''"""Two functions."""
@@ -97,6 +97,14 @@ def test_operators(tmp_path, line, expected):
     assert {mutant.after for seed in range(30) for mutant in mutation.mutants(file, seed)} == expected
 
 
+@pytest.mark.parametrize("module", package.MODULES)
+def test_without_a_mutation_a_module_stays_the_same(module):
+    """The copies hold it as `unparsed` writes it: other text, the same code, still ASCII."""
+    source = (package.ROOT / module).read_text(encoding="utf-8")
+    written = mutation.unparsed(ast.parse(source))
+    assert written.isascii() and mutation.bytecode(written) == mutation.bytecode(source)
+
+
 def test_a_seed_fixes_a_sample_and_a_longer_one_goes_on(project):
     file = project / "two_internlm.py"
     five = mutation.sample([file], 5, seed=3)
@@ -137,7 +145,7 @@ def test_the_tests_that_run_a_line_are_measured(project, tmp_path):
     mutation.run(project, chosen, tmp_path / "results.jsonl")
     measured = mutation.measurements(project, tmp_path / "measured")
     assert list(measured) == ["tests/test_one.py", "tests/test_two.py"]
-    lines = ast.unparse(ast.parse(MODULE)).splitlines()
+    lines = mutation.unparsed(ast.parse(MODULE)).splitlines()
 
     def reaching(text):
         return mutation.reaching(measured, "two_internlm.py", 1 + next(i for i, x in enumerate(lines) if text in x))
@@ -165,6 +173,14 @@ def test_a_test_that_fails_without_a_mutation_notices_nothing(project, tmp_path,
     made = [mutant for mutant in mutation.mutants(project / "two_internlm.py", 0) if mutant.operator == "arithmetic"]
     assert [record["result"] for record in mutation.run(project, made, tmp_path / "results.jsonl")] == ["survived"]
     assert "Not counted, for they fail without a mutation: tests/test_two.py::test_area" in capsys.readouterr().out
+
+
+def test_a_test_that_fails_now_and_then_notices_nothing(project, tmp_path):
+    """Here it passes only while it is measured. A test that notices must pass once more without the mutation."""
+    unreliable = TESTS.replace("two.area(2, 3) == 6", "two.area(2, 3) and 'coverage' in sys.modules")
+    (project / "tests" / "test_two.py").write_text(f"import sys\n{unreliable}")
+    made = [mutant for mutant in mutation.mutants(project / "two_internlm.py", 0) if mutant.operator == "arithmetic"]
+    assert [record["result"] for record in mutation.run(project, made, tmp_path / "results.jsonl")] == ["survived"]
 
 
 def test_a_test_file_that_cannot_be_run_is_an_error(project, tmp_path):
