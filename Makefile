@@ -7,7 +7,7 @@ export PYTHONUNBUFFERED := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo chat test serve quality style test-evaluation test-ecosystem test-vllm test-llamacpp matrix bench bench-llamacpp tiny long-context reliability
+.PHONY: help demo chat test serve quality style test-evaluation test-ecosystem test-vllm test-llamacpp matrix mutation bench bench-llamacpp tiny long-context reliability
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 18
@@ -84,6 +84,9 @@ test-llamacpp: .venvs/llamacpp/installed ## check that llama.cpp, built from sou
 
 matrix: $(VENV)/installed ## check every supported transformers version, each in a new environment and process
 	$(BIN)/python tools/matrix.py
+
+mutation: $(VENV)/installed ## mutate root modules at random and count what tests notice (FILES="rotary_internlm.py" N=40 SEED=1)
+	$(BIN)/python tools/mutation.py $(if $(FILES),--files $(FILES)) $(if $(N),--number $(N)) $(if $(SEED),--seed $(SEED))
 
 bench: $(VENV)/installed ## run the CPU benchmarks (benchmarks/README.md), about 18 minutes
 	for file in cpu long_context loading tokenizer plot; do $(BIN)/python benchmarks/$$file.py || exit 1; done

@@ -305,3 +305,10 @@ def test_overflowing_scores_do_not_cause_nan_logits(attention, modeling, model, 
     mask = torch.ones_like(ids)
     mask[0, :3] = 0
     assert logits(model, ids, attention_mask=mask).isfinite().all()
+
+
+def test_the_message_gives_the_shape_of_ids_without_a_batch_dimension(model, ids):
+    """Found by mutation: without the last dimension of embeddings, which ids do not have."""
+    for inputs in ({"input_ids": ids[0]}, {"inputs_embeds": torch.zeros(11, 128)}):
+        with pytest.raises(ValueError, match=r"and has \(11,\): pass input_ids\[None\]"):
+            model(**inputs)

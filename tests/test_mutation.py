@@ -1,0 +1,200 @@
+"""The mutation runner (tools/mutation.py), on a project of one module and its tests."""
+
+import ast
+
+import pytest
+
+from tools import mutation, package
+
+
+MODULE = '''"""Two functions."""
+
+from typing import Any
+
+__all__ = ["area", "grown"]
+
+def area(width: int | None, height: int | None) -> int | None:
+    """A product."""
+    if width is None:
+        raise ValueError("no width" + " given")
+    return width * height
+
+def grown(items: list[int], limit: Any = 3) -> "list[int] | None":
+    return [*items, len(items)] if len(items) < limit else items
+'''
+TESTS = """
+import pytest
+import two_internlm as two
+
+def test_area():
+    assert two.area(2, 3) == 6
+
+def test_grown():
+    assert two.grown([], 1) == [0] and two.grown([0, 1], 1) == [0, 1]
+"""
+IMPORT = "import two_internlm\n\ndef test_import():\n    assert two_internlm\n"
+
+
+@pytest.fixture
+def project(tmp_path):
+    root = tmp_path / "project"
+    (root / "tests").mkdir(parents=True)
+    (root / "two_internlm.py").write_text(MODULE)
+    (root / "tests" / "test_two.py").write_text(TESTS)
+    markers = "".join(f" {name}:\n" for name in ("slow", "evaluation", "ecosystem", "gpu"))
+    (root / "pytest.ini").write_text(f"[pytest]\npythonpath = .\nmarkers =\n{markers}")
+    return root
+
+
+def content(root):
+    return {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
+def test_mutants_change_code_and_nothing_else(project):
+    """Each compiles, and annotations, docstrings, messages, imports and `__all__` are as they were."""
+    made = list(mutation.mutants(project / "two_internlm.py", seed=0))
+    assert {mutant.operator for mutant in made} == {
+        "arithmetic", "comparison", "constant", "guard", "removed item", "removed statement",
+    }  # fmt: skip
+    for mutant in made:
+        tree = ast.parse(mutant.source)
+        assert mutation.bytecode(mutant.source) != mutation.bytecode(MODULE)
+        for text in ("width: int | None, height: int | None) -> int | None", "list[int] | None", "Two functions"):
+            assert text in mutant.source
+        assert ast.unparse(tree.body[2]) == "__all__ = ['area', 'grown']"
+        assert "'no width' + ' given'" in mutant.source or mutant.after == "pass"
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    {
+        "x = a < b": {"x = a <= b", "x = a >= b"},
+        "x = a and b": {"x = a or b"},
+        "x = not a": {"x = not not a"},
+        "x = a - 1": {"x = a + 1", "x = a - 2", "x = a - 0"},
+        "x = [True, 'a']": {"x = ['a']", "x = [True]", "x = [False, 'a']", "x = [True, '']"},
+        "x = {a: b}": {"x = {}"},
+        "x = f(a, b, c=d)": {"x = f(b, a, c=d)", "x = f(a, b)"},
+        "x = a if b else c": {"x = a if True else c", "x = a if False else c"},
+        "x = [a for a in b if a]": {"x = [a for a in b]"},
+        "a.b = c": {"pass"},
+        "f()": {"pass"},
+        "logger.warning('a')": {"pass"},
+        "x = isinstance(a, int | str)": set(),
+        "x: dict[str, int] = a": set(),
+        "x = Callable[[int], str]": set(),
+        "x = a if _VERSION >= (5, 1) else 7": set(),
+        "x = 7 if _VERSION >= (5, 1) else a": {
+            "x = 8 if _VERSION >= (5, 1) else a",
+            "x = 6 if _VERSION >= (5, 1) else a",
+        },
+    }.items(),
+)
+def test_operators(tmp_path, line, expected):
+    """Every variant of every site, also of the branch that the installed transformers takes."""
+    file = tmp_path / "a.py"
+    file.write_text(line)
+    assert {mutant.after for seed in range(30) for mutant in mutation.mutants(file, seed)} == expected
+
+
+@pytest.mark.parametrize("module", package.MODULES)
+def test_without_a_mutation_a_module_stays_the_same(module):
+    """The copies hold it as `unparsed` writes it: other text, the same code, still ASCII."""
+    source = (package.ROOT / module).read_text(encoding="utf-8")
+    written = mutation.unparsed(ast.parse(source))
+    assert written.isascii() and mutation.bytecode(written) == mutation.bytecode(source)
+
+
+def test_a_seed_fixes_a_sample_and_a_longer_one_goes_on(project):
+    file = project / "two_internlm.py"
+    five = mutation.sample([file], 5, seed=3)
+    assert len(five) == 5
+    assert mutation.sample([file], 9, seed=3)[:5] == five
+    assert mutation.sample([file], 5, seed=4) != five
+
+
+def test_a_mutation_is_noticed_or_survives(project, tmp_path, monkeypatch):
+    """The tests never call `area` without a width. The tree stays as it was; a rerun takes the stored results."""
+    before, results = content(project), tmp_path / "build" / "results.jsonl"
+    made = {mutant.after: mutant for mutant in mutation.mutants(project / "two_internlm.py", seed=0)}
+    chosen = [made["return width / height"], made["pass"], made["if True:"]]
+    records = mutation.run(project, chosen, results)
+    assert [record["result"] for record in records] == ["noticed", "survived", "noticed"]
+    assert records[0]["by"] == "tests/test_two.py::test_area"
+    assert content(project) == before
+
+    tested = []
+
+    def noted(measured, tree, mutant):
+        tested.append(mutant)
+        return {"result": "survived", "by": ""}
+
+    monkeypatch.setattr(mutation, "test", noted)
+    assert mutation.run(project, chosen, results) == records
+    assert tested == []
+    mutation.run(project, chosen, results, again=True)
+    assert tested == chosen[1:2]
+
+
+def test_the_tests_that_run_a_line_are_measured(project, tmp_path):
+    """By test where one runs it, by file where it is run at import. Only a test file that has changed is run again."""
+    (project / "tests" / "test_one.py").write_text(
+        "import two_internlm\n\ndef test_name():\n    assert two_internlm\n"
+    )
+    chosen = mutation.sample([project / "two_internlm.py"], 1, seed=0)
+    mutation.run(project, chosen, tmp_path / "results.jsonl")
+    measured = mutation.measurements(project, tmp_path / "measured")
+    assert list(measured) == ["tests/test_one.py", "tests/test_two.py"]
+    lines = mutation.unparsed(ast.parse(MODULE)).splitlines()
+
+    def reaching(text):
+        return mutation.reaching(measured, "two_internlm.py", 1 + next(i for i, x in enumerate(lines) if text in x))
+
+    assert reaching("return width") == (["tests/test_two.py::test_area"], ["tests/test_two.py"])
+    assert reaching("raise") == ([], [])
+    quick, files = reaching("def area")
+    assert (quick, set(files)) == ([], set(measured))
+    (project / "tests" / "test_one.py").write_text("import two_internlm\n")
+    changed = mutation.measurements(project, tmp_path / "measured")
+    assert [name for name in measured if measured[name] != changed[name]] == ["tests/test_one.py"]
+
+
+def test_an_endless_loop_is_a_timeout(project, tmp_path, monkeypatch):
+    module = project / "two_internlm.py"
+    module.write_text("def area(a, b):\n    while b > 1:\n        b -= 1\n        a += 2\n    return a + 0\n")
+    (project / "tests" / "test_two.py").write_text(TESTS.partition("def test_grown")[0])
+    monkeypatch.setattr(mutation, "TEST_TIMEOUT", 1)
+    endless = [mutant for mutant in mutation.mutants(module, seed=0) if mutant.after == "b += 1"]
+    assert [record["result"] for record in mutation.run(project, endless, tmp_path / "results.jsonl")] == ["timeout"]
+
+
+def test_a_test_that_fails_without_a_mutation_notices_nothing(project, tmp_path, capsys):
+    (project / "tests" / "test_two.py").write_text(TESTS.replace("== 6", "== 7"))
+    made = [mutant for mutant in mutation.mutants(project / "two_internlm.py", 0) if mutant.operator == "arithmetic"]
+    assert [record["result"] for record in mutation.run(project, made, tmp_path / "results.jsonl")] == ["survived"]
+    assert "Not counted, for they fail without a mutation: tests/test_two.py::test_area" in capsys.readouterr().out
+
+
+def test_a_test_that_fails_now_and_then_notices_nothing(project, tmp_path):
+    """Here it passes only while it is measured. A test that notices must pass once more without the mutation."""
+    unreliable = TESTS.replace("two.area(2, 3) == 6", "two.area(2, 3) and 'coverage' in sys.modules")
+    (project / "tests" / "test_two.py").write_text(f"import sys\n{unreliable}")
+    made = [mutant for mutant in mutation.mutants(project / "two_internlm.py", 0) if mutant.operator == "arithmetic"]
+    assert [record["result"] for record in mutation.run(project, made, tmp_path / "results.jsonl")] == ["survived"]
+
+
+def test_a_test_file_that_cannot_be_run_is_an_error(project, tmp_path):
+    (project / "tests" / "test_two.py").write_text("import two_internlm, absent")
+    chosen = mutation.sample([project / "two_internlm.py"], 1, seed=0)
+    with pytest.raises(SystemExit, match=r"pytest tests/test_two\.py ends with 2, without a mutation"):
+        mutation.run(project, chosen, tmp_path / "results.jsonl")
+
+
+def test_report():
+    """Counts, survivors, and Wilson's interval: 9 of 10 is 60 % to 98 %."""
+    record = {"file": "a.py", "line": 3, "operator": "guard", "before": "if x:", "after": "if True:"}
+    records = [{**record, "result": result} for result in ["noticed"] * 8 + ["timeout", "survived"]]
+    text = mutation.report(records)
+    assert "| a.py | 8 | 1 | 1 |" in text and "| guard | 8 | 1 | 1 |" in text
+    assert "survived: a.py:3 guard\n    - if x:\n    + if True:" in text
+    assert text.endswith("9 of 10 noticed: 90% (95 % interval 60% to 98%)")
