@@ -11,8 +11,8 @@ at 8192 and 40889.9 at 16384. (Source: the official InternLM v1 code; the idea i
 The official code rotates every cached key again at every step. Here keys are cached rotated with the trained
 inv_freq(M), as Llama's are, so nothing differs up to M. Two rotations add their angles: when keys can lie beyond M,
 queries and the keys from the cache are rotated once more, by position * (inv_freq(L) - inv_freq(M)). This is the
-*correction*. Its positions count the row's own tokens; only their differences matter, so left padding and offset
-position_ids need no care.
+*correction*. Its positions count the row's own tokens (positions_internlm.py); only their differences matter, so left
+padding and offset position_ids need no care.
 
 L is each row's own: its largest position so far plus one. All tokens of one forward use the L at its end, so a prompt
 that is prefilled in chunks gives each chunk the L reached with it. But up to 32 tokens that come with a mask of 4
