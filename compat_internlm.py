@@ -45,6 +45,17 @@ TIED_WEIGHTS: Any = {"lm_head.weight": "model.embed_tokens.weight"} if _VERSION 
 # generate_batch's cache alone, which the attention functions updated; from 5.24 it is the name of every cache, and the
 # attention class updates generate_batch's, too.
 CACHE = "cache" if _VERSION >= (5, 24) else "past_key_values"
+if _VERSION >= (5, 24):
+    from transformers.utils.deprecation import deprecate_kwarg
+
+    # As the library's own models do, down to the version.
+    deprecate_past_key_values = deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
+else:
+
+    def deprecate_past_key_values(func: Callable) -> Callable:
+        return func
+
+
 # Until 5.3 a cache does not count its tokens, but needs their positions (cache_position) at every call.
 _CACHE_NEEDS_POSITIONS = _VERSION < (5, 4)
 _INPUTS_EMBEDS = "inputs_embeds" if _VERSION >= (5, 2) else "input_embeds"
@@ -84,8 +95,8 @@ def resolve_cache(model: Any, past_key_values: Cache | None, cache: Any) -> Any:
 
     From 5.24 GradientCheckpointingLayer itself drops a `cache`; until 5.23 it knows the old name only.
     """
-    check_cache_type(past_key_values, cache)
     cache = past_key_values if cache is None else cache
+    check_cache_type(cache)
     if cache is not None and model.gradient_checkpointing and model.training and torch.is_grad_enabled():
         warn_of_dropped_cache()
         return None
@@ -132,6 +143,7 @@ __all__ = [
     "cache_length",
     "capture_outputs",
     "causal_mask",
+    "deprecate_past_key_values",
     "is_compiling",
     "merge_with_config_defaults",
     "resolve_cache",
