@@ -15,7 +15,10 @@ import pytest
 import torch
 import transformers
 from test_cache import *  # noqa: F403  (its tests and fixtures, on the `modeling` below)
+from test_configuration import *  # noqa: F403
 from test_golden import *  # noqa: F403
+from test_layers import *  # noqa: F403
+from test_trainer import *  # noqa: F403
 from transformers import (
     AutoConfig,
     AutoModel,
