@@ -1,7 +1,8 @@
 """Checks for every supported version of transformers; `make matrix` runs this file in a separate environment for each.
 
-pytest does not collect it by default. It includes all tests of test_golden.py and test_cache.py, run on the classes
-as transformers loads them from a model folder. The environments hold torch, transformers, jinja2 and pytest only.
+pytest does not collect it by default. It includes all tests of the test files that are imported below, run on the
+classes as transformers loads them from a model folder. The environments hold torch, transformers, accelerate, jinja2
+and pytest only.
 """
 
 import json

@@ -1,6 +1,6 @@
 """The growing cache: what the library's DynamicCache does, without copying the past at every token.
 
-Also run by tests/matrix_check.py, in environments that hold torch, transformers, jinja2 and pytest only.
+Also run by tests/matrix_check.py, in environments that hold torch, transformers, accelerate, jinja2 and pytest only.
 """
 
 import copy
@@ -85,7 +85,7 @@ def test_the_librarys_own_calls_do_not_warn(causal_lm, tokens):
     """Nor do ours, from one head to the base model."""
     with warnings.catch_warnings():
         warnings.filterwarnings("error", ".*past_key_values")
-        for settings in ({}, {"num_beams": 2}, {"cache_implementation": "static"}, {"prompt_lookup_num_tokens": 2}):
+        for settings in ({}, {"num_beams": 2}, {"cache_implementation": "static"}, {"do_sample": True}):
             causal_lm.generate(tokens[:1, :9], **TOKENS, **settings)
         causal_lm.generate(tokens[:1, :9], **TOKENS, **passing(DynamicCache()))
         causal_lm(tokens[:, :5], cache=DynamicCache()), causal_lm(tokens[:, :5], use_cache=True)

@@ -150,20 +150,20 @@ def updated(config, given: dict):
 
 
 @pytest.fixture
-def folder(config_class, tmp_path):
+def saved(config_class, tmp_path):
     config_class(rotary=SAVED).save_pretrained(tmp_path)
     return tmp_path
 
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(("given", "expected"), LATE)
-def test_late_rotary_settings_are_converted(config_class, folder, way, given, expected):
+def test_late_rotary_settings_are_converted(config_class, saved, way, given, expected):
     """Keywords of from_pretrained raised KeyError or TypeError; assignments were ignored, and could not be loaded."""
-    config = WAYS[way](config_class, folder, given)
+    config = WAYS[way](config_class, saved, given)
     assert config.rotary == expected
     assert not any(hasattr(config, name) for name in ("rope_theta", "rope_scaling", "rope_parameters"))
-    config.save_pretrained(folder)
-    assert config_class.from_pretrained(folder).rotary == expected
+    config.save_pretrained(saved)
+    assert config_class.from_pretrained(saved).rotary == expected
 
 
 BAD_ROTARY = [(given, message) for given, message in BAD if list(given) in (["rotary"], ["rope_scaling"])]
@@ -171,10 +171,10 @@ BAD_ROTARY = [(given, message) for given, message in BAD if list(given) in (["ro
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(("given", "message"), BAD_ROTARY)
-def test_bad_late_rotary_settings_are_named(config_class, folder, way, given, message):
+def test_bad_late_rotary_settings_are_named(config_class, saved, way, given, message):
     """As in the constructor."""
     with pytest.raises(ValueError, match=message):
-        WAYS[way](config_class, folder, given)
+        WAYS[way](config_class, saved, given)
 
 
 def test_a_late_setting_leaves_other_configurations_alone(config_class):

@@ -1,7 +1,7 @@
 """Models with other layers than config.json says: removed or copied in memory, fewer loaded; caches that two share.
 
 Llama with the same weights is the reference. Also run by tests/matrix_check.py, in environments that hold torch,
-transformers, jinja2 and pytest only.
+transformers, accelerate, jinja2 and pytest only.
 """
 
 import copy

@@ -1,6 +1,6 @@
 """The golden checkpoints and outputs of the official code, and the helpers that compare a model with them.
 
-Imported by tests/matrix_check.py, whose environments hold torch, transformers, jinja2 and pytest only.
+Imported by tests/matrix_check.py, whose environments hold torch, transformers, accelerate, jinja2 and pytest only.
 """
 
 import json
