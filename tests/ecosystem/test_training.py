@@ -102,7 +102,7 @@ def test_trainer_step_equals_plain_torch(model, tiny_tokenizer, tmp_path):
 
 @pytest.mark.parametrize("wrapped", (False, True), ids=("plain", "LoRA"))
 def test_trainer_smooths_labels_of_the_next_token(model, tiny_tokenizer, tmp_path, wrapped):
-    """Too little smoothing to matter is none. The labels were those of the same token, so a model learned to stutter."""
+    """Too little smoothing to matter is none. It was computed for the same token, so a model learned to stutter."""
     if wrapped:
         torch.manual_seed(0)
         model = get_peft_model(model, LoraConfig(target_modules=PROJECTIONS, init_lora_weights=False))
