@@ -86,7 +86,7 @@ def check_inputs(
             f"attention_mask has shape {tuple(attention_mask.shape)} for {rows} rows: it must have shape (rows, all "
             "tokens so far), with 1 for tokens and 0 for padding."
         )
-    if isinstance(cache, Cache) and len(cache) < layers and cache.get_seq_length():
+    if isinstance(cache, Cache) and 0 < len(cache) < layers:
         raise ValueError(
             f"The cache has {len(cache)} layers, and this model {layers}: start with a new cache; where layers were "
             "copied, number their self_attn.layer_idx from 0."

@@ -85,10 +85,12 @@ def test_the_librarys_own_calls_do_not_warn(causal_lm, tokens):
     """Nor do ours, from one head to the base model."""
     with warnings.catch_warnings():
         warnings.filterwarnings("error", ".*past_key_values")
-        for settings in ({}, {"num_beams": 2}, {"cache_implementation": "static"}, {"do_sample": True}):
+        for settings in ({}, {"num_beams": 2}, {"cache_implementation": "static"}, {"use_cache": False}):
             causal_lm.generate(tokens[:1, :9], **TOKENS, **settings)
         causal_lm.generate(tokens[:1, :9], **TOKENS, **passing(DynamicCache()))
-        causal_lm(tokens[:, :5], cache=DynamicCache()), causal_lm(tokens[:, :5], use_cache=True)
+        cache = DynamicCache()
+        causal_lm(tokens[:, :5], None, None, cache), causal_lm(tokens[:, 5:9], cache=cache)
+    assert cache.get_seq_length() == 9
 
 
 # What it is by default

@@ -95,10 +95,13 @@ def test_layers_changed_in_memory(plain, llama, prompt, name):
 
 @torch.no_grad()
 def test_removed_layers_that_only_the_config_counts(plain, llama, prompt):
-    """The config may also say more layers than there are, and a lazily filled cache more than the config."""
-    more, fewer = (copy.deepcopy(plain), with_layers(plain, [0, 1, 3], False, True))
+    """The config may say more layers than there are or fewer, and a lazily filled cache more than the config."""
+    more, first, fewer = copy.deepcopy(plain), copy.deepcopy(plain), with_layers(plain, [0, 1, 3], False, True)
     more.config.num_hidden_layers = 6
     assert torch.equal(more.generate(prompt, **GREEDY), llama.generate(prompt, **GREEDY))
+    first.config.num_hidden_layers = 2
+    expected = with_layers(llama, [0, 1], False, True)(prompt, use_cache=False).logits
+    assert_near(steps(first, prompt, DynamicCache()), expected)
     expected = with_layers(llama, [0, 1, 3], False, True)(prompt, use_cache=False).logits
     assert_near(steps(fewer, prompt, DynamicCache()), expected)
     with pytest.raises(ValueError, match=r"Where layers were removed, number the self_attn\.layer_idx of the others"):
@@ -115,8 +118,8 @@ def test_a_draft_of_the_first_layers_reads_the_cache_of_all(plain, llama, prompt
         logits.append(draft(prompt[:, 8:9], **{CACHE: cache}).logits)
     assert_near(*logits)
     cache = DynamicCache()
-    with_layers(plain, [0, 1], False, True)(prompt[:, :8], **{CACHE: cache})
-    with pytest.raises(ValueError, match="The cache has 2 layers, and this model 4: start with a new cache"):
+    with_layers(plain, [0, 1, 2], False, True)(prompt[:, :8], **{CACHE: cache})
+    with pytest.raises(ValueError, match="The cache has 3 layers, and this model 4: start with a new cache"):
         plain(prompt[:, 8:9], **{CACHE: cache})
 
 
