@@ -30,7 +30,7 @@ def rows(modeling):
 
 
 @torch.no_grad()
-def test_training_label_smoothing_shifts_labels(modeling, trainer, rows):
+def test_label_smoothing_shifts_labels(modeling, trainer, rows):
     """It shifted only for known class names, so a model learned to repeat each token; also in a subclass."""
     model = load(modeling, "tiny_7b_origin")
     expected = model(**rows).loss
@@ -40,7 +40,7 @@ def test_training_label_smoothing_shifts_labels(modeling, trainer, rows):
 
 
 @torch.no_grad()
-def test_training_label_smoothing_of_token_classes(modeling, trainer, rows):
+def test_label_smoothing_of_token_classes(modeling, trainer, rows):
     """Their labels belong to the tokens themselves."""
     torch.manual_seed(0)  # of the new head
     model = load(modeling, "tiny_7b_origin", "InternLMForTokenClassification", num_labels=5)
