@@ -5,6 +5,7 @@ A check is here where torch and transformers would be silently wrong, or fail wi
 
 import json
 import os
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -16,6 +17,7 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
+_ATTENTION_BIAS = re.compile(r"layers\.(\d+)\.self_attn\.[qkvo]_proj\.bias$")
 # Dynamic NTK is not known to work beyond this multiple of the trained window.
 _MAX_SENSIBLE_WINDOWS = 8
 
@@ -57,12 +59,11 @@ def check_inputs(
     attention_mask: torch.Tensor | None,
     position_ids: torch.Tensor | None,
     cache: Any,
-    min_layers: int,
-    max_layers: int,
+    layers: int,
 ) -> None:
     """Refuse, by shape alone, what would be broadcast to nonsense or fail in some layer.
 
-    A cache may have as many layers as the model (`max_layers`) or, in early-exit decoding, as are used (`min_layers`).
+    A cache may have more layers than are used (`layers`): in early-exit decoding, and where layers were removed.
     """
     if inputs_embeds.dim() != 3:
         shape = tuple(inputs_embeds.shape[:-1])
@@ -84,19 +85,19 @@ def check_inputs(
             f"attention_mask has shape {shape} for {rows} rows: it must have shape (rows, all "
             "tokens so far), with 1 for tokens and 0 for padding."
         )
-    if isinstance(cache, Cache) and len(cache) and not min_layers <= len(cache) <= max_layers:
-        raise ValueError(f"The cache has {len(cache)} layers, and this model {max_layers}: start with a new cache.")
+    if isinstance(cache, Cache) and 0 < len(cache) < layers:
+        raise ValueError(
+            f"The cache has {len(cache)} layers, and this model {layers}: start with a new cache; where layers were "
+            "copied, number their self_attn.layer_idx from 0."
+        )
 
 
-def check_cache_type(past_key_values: Any, cache: Any) -> None:
-    """Refuse what is not a cache. Only an engine passes one that is not the library's, and only as `cache`."""
-    wrong = None
-    if past_key_values is not None and not isinstance(past_key_values, Cache):
-        wrong = f"past_key_values is a {type(past_key_values).__name__}"
-    elif isinstance(cache, tuple | list):
-        wrong = f"cache is a {type(cache).__name__}"
-    if wrong is not None:
-        raise ValueError(f"{wrong}: pass a transformers cache, for example DynamicCache().")
+def check_cache_type(cache: Any) -> None:
+    """Refuse what is neither a cache of the library nor, like an engine's, updated as one."""
+    if cache is not None and (isinstance(cache, dict) or not callable(getattr(cache, "update", None))):
+        raise ValueError(
+            f"The cache is a {type(cache).__name__}: pass a transformers cache, for example DynamicCache()."
+        )
 
 
 def check_mask(attention_mask: torch.Tensor, length: int, cache: Cache | None) -> None:
@@ -114,7 +115,8 @@ def explain_cache_error(error: Exception) -> None:
     if not isinstance(error, torch.OutOfMemoryError):
         raise ValueError(
             f"The cache cannot take these tokens ({error}): it belongs to another model, has another batch size, or "
-            "is a static cache that is full; start with a new one."
+            "is a static cache that is full; start with a new one. Where layers were removed, number the "
+            "self_attn.layer_idx of the others from 0."
         ) from error
 
 
@@ -143,7 +145,7 @@ def warn_of_dropped_cache() -> None:
 def check_indexes(folder: str) -> None:
     """Refuse an index of shards that names files outside its folder: transformers reads whatever path it holds."""
     for name in os.listdir(folder):
-        if not (name.endswith(".json") and ".index." in name):
+        if not re.search(r"\.(safetensors|bin)\.index\..*json$", name):  # with a variant: .index.fp16.json
             continue
         path = os.path.join(folder, name)
         try:
@@ -170,7 +172,8 @@ def check_keys(model: Any, missing: Iterable[str], unexpected: Iterable[str]) ->
     }
     # A classification head is never in a base checkpoint, and starts at random.
     missing = {key for key in missing if key.startswith(("model.", "layers.", "embed_tokens.", "norm.", "lm_head."))}
-    surplus = any(key.endswith("_proj.bias") for key in unexpected)
+    biased_layers = [int(found[1]) for key in unexpected if (found := _ATTENTION_BIAS.search(key))]
+    surplus = any(layer < config.num_hidden_layers for layer in biased_layers)  # fewer layers may be asked for
     if surplus or (len(missing) == 4 * config.num_hidden_layers and all(key.endswith(".bias") for key in missing)):
         raise ValueError(
             f"The checkpoint has {'' if surplus else 'no '}attention biases, but config.bias is {config.bias}: set "

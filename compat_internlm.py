@@ -47,6 +47,17 @@ TIED_WEIGHTS: Any = {"lm_head.weight": "model.embed_tokens.weight"} if _VERSION 
 CACHE = "cache" if _VERSION >= (5, 24) else "past_key_values"
 # From then on the model itself gets the keys of generate_batch's cache, and can correct them beyond the window.
 PAGES_ARE_EXACT = _VERSION >= (5, 24)
+if _VERSION >= (5, 24):
+    from transformers.utils.deprecation import deprecate_kwarg
+
+    # As the library's own models do, down to the version.
+    deprecate_past_key_values = deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
+else:
+
+    def deprecate_past_key_values(func: Callable) -> Callable:
+        return func
+
+
 # Until 5.3 a cache does not count its tokens, but needs their positions (cache_position) at every call.
 _CACHE_NEEDS_POSITIONS = _VERSION < (5, 4)
 _INPUTS_EMBEDS = "inputs_embeds" if _VERSION >= (5, 2) else "input_embeds"
@@ -100,8 +111,8 @@ def resolve_cache(model: Any, past_key_values: Cache | None, cache: Any) -> Any:
 
     From 5.24 GradientCheckpointingLayer itself drops a `cache`; until 5.23 it knows the old name only.
     """
-    check_cache_type(past_key_values, cache)
     cache = past_key_values if cache is None else cache
+    check_cache_type(cache)
     if cache is not None and model.gradient_checkpointing and model.training and torch.is_grad_enabled():
         warn_of_dropped_cache()
         return None
@@ -148,6 +159,7 @@ __all__ = [
     "TIED_WEIGHTS",
     "capture_outputs",
     "causal_mask",
+    "deprecate_past_key_values",
     "is_compiling",
     "is_fixed",
     "mask_sizes",

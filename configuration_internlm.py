@@ -2,7 +2,7 @@
 
 * `bias` switches the biases of all four attention projections;
 * `rotary` is the normal form of the four published rotary dialects (see `normalise_rotary`);
-* every field is validated at construction, before anything is allocated.
+* every field is validated at construction and again before a model is built, before anything is allocated.
 """
 
 from typing import Any
@@ -21,21 +21,8 @@ if _VERSION < (4, 57):
 # PretrainedConfig until 4.57; PreTrainedConfig from 5.0, where the old name is a deprecated alias.
 _BaseConfig: Any = transformers.PreTrainedConfig if _VERSION >= (5, 0) else transformers.PretrainedConfig
 
-# The names of these styles are the same in every version. lm_head's is not, so its plan is part of the model.
-_TENSOR_PARALLEL_PLAN = {
-    "layers.*.self_attn.q_proj": "colwise",
-    "layers.*.self_attn.k_proj": "colwise",
-    "layers.*.self_attn.v_proj": "colwise",
-    "layers.*.self_attn.o_proj": "rowwise",
-    "layers.*.mlp.gate_proj": "colwise",
-    "layers.*.mlp.up_proj": "colwise",
-    "layers.*.mlp.down_proj": "rowwise",
-}
-_PIPELINE_PARALLEL_PLAN = {
-    "embed_tokens": (["input_ids"], ["inputs_embeds"]),
-    "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
-    "norm": (["hidden_states"], ["hidden_states"]),
-}
+# The fields that may hold the rotary setting, see `normalise_rotary`.
+_DIALECTS = ("rotary", "rope_theta", "rope_scaling", "rope_parameters")
 
 # Far above every InternLM v1 checkpoint: a larger value means a broken or hostile config.json.
 _MAX_SIZE, _MAX_LAYERS, _MAX_LABELS = 2**24, 1024, 2**20
@@ -45,18 +32,22 @@ def _invalid(field: str, value: Any, allowed: str, fix: str = "correct it in con
     return ValueError(f"InternLMConfig: {field}={value!r} is not allowed: it must be {allowed}; {fix}.")
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
 def _check_int(field: str, value: Any, low: int, high: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
         raise _invalid(field, value, f"an integer from {low} to {high}")
 
 
-def _check_positive(field: str, value: Any, high: float) -> None:
-    if not _is_number(value) or not 0 < value <= high:
-        raise _invalid(field, value, f"a number above 0 and at most {high:g}")
+def _check_number(field: str, value: Any, low: float, high: float) -> None:
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not low <= value <= high or value == 0:
+        raise _invalid(field, value, f"a number from {low:g} to {high:g}, and not 0")
+
+
+def _agreed(field: str, default: Any, *values: Any) -> Any:
+    """The value that is given, under one name or under several; `default` if none is."""
+    given = [value for value in values if value is not None] or [default]
+    if any(value != given[0] for value in given):
+        raise _invalid(field, given, "the same under all of its names", "remove the wrong one")
+    return given[0]
 
 
 def normalise_rotary(
@@ -64,6 +55,7 @@ def normalise_rotary(
     rope_theta: float | None = None,
     rope_scaling: dict | None = None,
     rope_parameters: dict | None = None,
+    default_base: float = 10000.0,
 ) -> dict:
     """Convert any published dialect of the rotary setting to `{"type", "base", "scaling_factor"}`.
 
@@ -77,13 +69,15 @@ def normalise_rotary(
 
     Args:
         rotary, rope_theta, rope_scaling, rope_parameters: The fields of config.json, unchanged.
+        default_base: The base, if no field gives one.
 
     Returns:
         `type` is "origin" (plain rotary) or "dynamic" (dynamic NTK beyond max_position_embeddings); `base` and
         `scaling_factor` are floats.
 
     Raises:
-        ValueError: A field has the wrong type or is out of range, or two dialects are mixed.
+        ValueError: A field has the wrong type or is out of range, two dialects are mixed, or two names of one value
+            disagree.
     """
     given = {"rotary": rotary, "rope_scaling": rope_scaling, "rope_parameters": rope_parameters}
     given = {field: value for field, value in given.items() if value is not None}
@@ -96,20 +90,25 @@ def normalise_rotary(
     names = ("type", "rope_type", "base", "rope_theta", "factor", "scaling_factor")
     if unknown := sorted(set(map(str, settings)) - set(names)):
         raise _invalid(field, settings, f"made of the keys {', '.join(names)}", f"remove {', '.join(unknown)}")
-    setting = {name: settings[name] for name in names if settings.get(name) is not None}
-    kind = setting.get("type", setting.get("rope_type", "dynamic"))
+    kind = _agreed(f"{field}.type", "dynamic", settings.get("type"), settings.get("rope_type"))
     if kind not in ("origin", "default", "dynamic"):
         raise _invalid(f"{field}.type", kind, '"origin" (plain rotary) or "dynamic" (dynamic NTK)')
-    base = setting.get("base", setting.get("rope_theta", 10000.0 if rope_theta is None else rope_theta))
-    factor = setting.get("scaling_factor", setting.get("factor", 1.0))
-    _check_positive(f"{field}: base", base, 1e12)
-    if not _is_number(factor) or not 1 <= factor <= 1e6:
-        raise _invalid(f"{field}: scaling_factor", factor, "a number from 1 to 1e6")
-    return {
-        "type": "dynamic" if kind == "dynamic" else "origin",
-        "base": float(base),
-        "scaling_factor": float(factor),
-    }
+    base = _agreed(f"{field}: base", default_base, settings.get("base"), settings.get("rope_theta"), rope_theta)
+    factor = _agreed(f"{field}: scaling_factor", 1.0, settings.get("scaling_factor"), settings.get("factor"))
+    _check_number(f"{field}: base", base, 0, 1e12)
+    _check_number(f"{field}: scaling_factor", factor, 1, 1e6)
+    kind = "dynamic" if kind == "dynamic" else "origin"
+    return {"type": kind, "base": float(base), "scaling_factor": float(factor)}
+
+
+class _Rotary(dict):
+    """The normal form, also after a change in place such as `config.rotary["base"] = 5e5`."""
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        self.update({key: value})
+
+    def update(self, *args: Any, **kwargs: Any) -> None:
+        super().update(normalise_rotary({**self, **dict(*args, **kwargs)}))
 
 
 class InternLMConfig(_BaseConfig):
@@ -139,8 +138,17 @@ class InternLMConfig(_BaseConfig):
 
     model_type = "internlm"
     keys_to_ignore_at_inference = ["past_key_values", "cache"]  # "cache" from transformers 5.24
-    base_model_tp_plan = _TENSOR_PARALLEL_PLAN
-    base_model_pp_plan = _PIPELINE_PARALLEL_PLAN
+    # The names of these styles are the same in every version. lm_head's is not, so its plan is part of the model.
+    base_model_tp_plan = {
+        **{f"layers.*.self_attn.{name}_proj": "colwise" for name in "qkv"},
+        **{f"layers.*.mlp.{name}_proj": "colwise" for name in ("gate", "up")},
+        **{f"layers.*.{name}_proj": "rowwise" for name in ("self_attn.o", "mlp.down")},
+    }
+    base_model_pp_plan = {
+        "embed_tokens": (["input_ids"], ["inputs_embeds"]),
+        "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
+        "norm": (["hidden_states"], ["hidden_states"]),
+    }
     _auto_class = "AutoConfig"
 
     def __init__(
@@ -177,10 +185,9 @@ class InternLMConfig(_BaseConfig):
         self.use_cache = use_cache
         self.bias = bias
         self.tie_word_embeddings = tie_word_embeddings
-        dialects = {name: kwargs.pop(name, None) for name in ("rope_theta", "rope_scaling", "rope_parameters")}
-        self.rotary = normalise_rotary(rotary, **dialects)
-        head_dim = kwargs.pop("head_dim", None)
-        self._validate(head_dim)
+        self.rotary = normalise_rotary(rotary, **{name: kwargs.pop(name, None) for name in _DIALECTS[1:]})
+        self.check_fields()
+        self.head_dim = kwargs.pop("head_dim", None)
         special = {"pad_token_id": pad_token_id, "bos_token_id": bos_token_id, "eos_token_id": eos_token_id}
         self._set_inherited(special, kwargs)
 
@@ -189,30 +196,55 @@ class InternLMConfig(_BaseConfig):
         """Width of one attention head."""
         return self.hidden_size // self.num_attention_heads
 
-    def _validate(self, head_dim: int | None) -> None:
+    @head_dim.setter
+    def head_dim(self, value: int | None) -> None:
+        if value not in (None, self.head_dim):
+            raise _invalid("head_dim", value, f"hidden_size / num_attention_heads ({self.head_dim})", "remove it")
+
+    def __setattr__(self, key: str, value: Any) -> None:
+        """The library's, except that every dialect is converted to `rotary`; the base stays if rope_* gives none."""
+        if key not in _DIALECTS:
+            super().__setattr__(key, value)
+        elif key == "rope_theta" and value is not None:
+            self.rotary = {**self.rotary, "base": value}
+        elif value is not None:
+            kept = {} if key == "rotary" else {"default_base": self.rotary["base"]}
+            super().__setattr__("rotary", _Rotary(normalise_rotary(**{key: value}, **kept)))
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """The library's, except that every dialect may be a keyword, also of from_pretrained."""
+        late = {name: kwargs.pop(name) for name in _DIALECTS if name in kwargs}
+        loaded: Any = super().from_dict(config_dict, **kwargs)
+        (loaded[0] if isinstance(loaded, tuple) else loaded).update(late)
+        return loaded
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**super().to_dict(), "rotary": dict(self.rotary)}
+
+    def check_fields(self) -> None:
+        """Validate the fields as they are now: they may have been assigned since the constructor checked them.
+
+        Raises:
+            ValueError: A field is invalid, or contradicts another.
+        """
         for field in ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads"):
             _check_int(field, getattr(self, field), 1, _MAX_SIZE)
         _check_int("num_hidden_layers", self.num_hidden_layers, 1, _MAX_LAYERS)
         _check_int("max_position_embeddings", self.max_position_embeddings, 1, 2**31)
-        _check_positive("rms_norm_eps", self.rms_norm_eps, 1.0)
-        _check_positive("initializer_range", self.initializer_range, 10.0)
+        _check_number("rms_norm_eps", self.rms_norm_eps, 0, 1)
+        _check_number("initializer_range", self.initializer_range, 0, 10)
         for field in ("use_cache", "bias", "tie_word_embeddings"):
             if not isinstance(getattr(self, field), bool):
                 raise _invalid(field, getattr(self, field), "true or false")
         if not isinstance(self.hidden_act, str) or self.hidden_act not in ACT2FN:
             raise _invalid("hidden_act", self.hidden_act, 'an activation of transformers, for example "silu"')
-        if self.hidden_size % (2 * self.num_attention_heads):
-            heads = self.num_attention_heads
+        heads = self.num_attention_heads
+        if self.hidden_size % (2 * heads):
             raise _invalid("hidden_size", self.hidden_size, f"a multiple of 2 * num_attention_heads ({2 * heads})")
-        if self.num_key_value_heads != self.num_attention_heads:
-            raise _invalid(
-                "num_key_value_heads",
-                self.num_key_value_heads,
-                f"equal to num_attention_heads ({self.num_attention_heads})",
-                "correct it in config.json (InternLM v1 has no grouped-query attention)",
-            )
-        if head_dim is not None and head_dim != self.head_dim:
-            raise _invalid("head_dim", head_dim, f"hidden_size / num_attention_heads ({self.head_dim})", "remove it")
+        if self.num_key_value_heads != heads:
+            equal = f"equal to num_attention_heads ({heads}), for InternLM v1 has no grouped-query attention"
+            raise _invalid("num_key_value_heads", self.num_key_value_heads, equal)
 
     def _set_inherited(self, special: dict[str, Any], kwargs: dict[str, Any]) -> None:
         """Check and set the fields of the base class; call this last, because it serialises the configuration."""

@@ -56,6 +56,7 @@ from .compat_internlm import (
     TIED_WEIGHTS,
     capture_outputs,
     causal_mask,
+    deprecate_past_key_values,
     merge_with_config_defaults,
     resolve_cache,
     update_cache,
@@ -234,6 +235,7 @@ class InternLMModel(InternLMPreTrainedModel):
 
     def __init__(self, config: InternLMConfig) -> None:
         super().__init__(config)
+        config.check_fields()
         # No padding_idx: it would freeze that row, and published configurations pad with eos.
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList([InternLMDecoderLayer(config, index) for index in range(config.num_hidden_layers)])
@@ -241,6 +243,7 @@ class InternLMModel(InternLMPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
+    @deprecate_past_key_values
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -268,7 +271,7 @@ class InternLMModel(InternLMPreTrainedModel):
         inputs_embeds = embed(self.embed_tokens, input_ids, inputs_embeds)
         cache = resolve_cache(self, past_key_values, cache)
         num_layers = self.config.num_hidden_layers  # fewer than there are in early-exit decoding
-        check_inputs(inputs_embeds, attention_mask, position_ids, cache, num_layers, len(self.layers))
+        check_inputs(inputs_embeds, attention_mask, position_ids, cache, min(num_layers, len(self.layers)))
         if use_cache and cache is None:
             cache = default_cache(self.config)
         library_cache = cache if isinstance(cache, Cache) else None
@@ -358,6 +361,14 @@ class InternLMForCausalLM(InternLMBatchingMixin, InternLMPreTrainedModel, Intern
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    def _get_name(self) -> str:
+        """Llama's: the Trainer's label smoothing shifts labels only for class names that the library knows."""
+        return "LlamaForCausalLM"
+
+    def __repr__(self) -> str:
+        return super().__repr__().replace(self._get_name(), type(self).__name__, 1)
+
+    @deprecate_past_key_values
     @can_return_tuple
     def forward(
         self,
@@ -383,10 +394,9 @@ class InternLMForCausalLM(InternLMBatchingMixin, InternLMPreTrainedModel, Intern
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
-            cache=cache,
+            cache=past_key_values if cache is None else cache,
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep

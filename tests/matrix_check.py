@@ -1,8 +1,8 @@
 """Checks for every supported version of transformers; `make matrix` runs this file in a separate environment for each.
 
-pytest does not collect it by default. It includes all tests of test_golden.py, test_cache.py and test_masks.py, run
-on the classes as transformers loads them from a model folder. The environments hold torch, transformers, jinja2 and
-pytest only.
+pytest does not collect it by default. It includes all tests of the test files that are imported below, run on the
+classes as transformers loads them from a model folder. The environments hold torch, transformers, accelerate, jinja2
+and pytest only.
 """
 
 import json
@@ -16,8 +16,11 @@ import pytest
 import torch
 import transformers
 from test_cache import *  # noqa: F403  (its tests and fixtures, on the `modeling` below)
+from test_configuration import *  # noqa: F403
 from test_golden import *  # noqa: F403
+from test_layers import *  # noqa: F403
 from test_masks import *  # noqa: F403
+from test_trainer import *  # noqa: F403
 from transformers import (
     AutoConfig,
     AutoModel,

@@ -241,6 +241,20 @@ def test_an_index_on_the_hub_that_points_outside_its_repository_is_refused(folde
     assert len(lines) == len(paths) and all("ValueError: Invalid filename" in line for line in lines), lines
 
 
+@pytest.mark.parametrize("name", ["pytorch_model.bin.index.json", "model.safetensors.index.fp16.json"])
+def test_an_index_of_another_format_or_variant_is_read(name, folder):
+    """transformers would read it if the other weights were missing, or for `variant`."""
+    (folder / name).write_text('{"metadata": {}, "weight_map": {"x": "../outside.bin"}}')
+    with pytest.raises(ValueError, match="places weights in '../outside.bin', outside its folder"):
+        load(folder)
+
+
+@pytest.mark.parametrize("name", ["faiss.index.json", "model.index.html.json", "safetensors.index.md"])
+def test_other_files_called_index_are_left_alone(name, folder):
+    (folder / name).write_text("[1]")
+    assert load(folder).config.num_hidden_layers == 4
+
+
 @pytest.mark.parametrize("content", ["null", "7", "[" * 100_000], ids=["null", "7", "nested"])
 def test_a_config_that_is_not_a_json_object_is_refused(content, folder):
     """transformers reads config.json before it knows the model type, and raises only this."""

@@ -1,6 +1,6 @@
 """The growing cache: what the library's DynamicCache does, without copying the past at every token.
 
-Also run by tests/matrix_check.py, in environments that hold torch, transformers, jinja2 and pytest only.
+Also run by tests/matrix_check.py, in environments that hold torch, transformers, accelerate, jinja2 and pytest only.
 """
 
 import copy
@@ -9,6 +9,7 @@ import pickle
 import random
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -60,6 +61,38 @@ def passing(cache) -> dict:
     return {package.load("compat").CACHE: cache}
 
 
+# By which name it is passed
+
+
+@pytest.mark.parametrize("kind", ["ForCausalLM", "Model", "ForSequenceClassification", "ForTokenClassification"])
+@torch.no_grad()
+def test_the_old_name_warns_where_the_new_one_is_the_librarys(modeling, tokens, kind):
+    """As the library's models do: from 5.24, at every call, also of None, in the caller's name; the cache is used."""
+    model, cache = load(modeling, "tiny_20b_dynamic", f"InternLM{kind}"), DynamicCache()
+    for given in (cache, None):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            model(tokens[:, :5], past_key_values=given)
+        new = package.load("compat").CACHE == "cache"
+        assert [str(warning.message)[:36] for warning in caught] == ["`past_key_values` is deprecated and "] * new
+        assert all(warning.category is FutureWarning for warning in caught)
+        assert not any("internlm" in warning.filename for warning in caught)  # its deprecations are errors here
+    assert cache.get_seq_length() == 5
+
+
+@torch.no_grad()
+def test_the_librarys_own_calls_do_not_warn(causal_lm, tokens):
+    """Nor do ours, from one head to the base model."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*past_key_values")
+        for settings in ({}, {"num_beams": 2}, {"cache_implementation": "static"}, {"use_cache": False}):
+            causal_lm.generate(tokens[:1, :9], **TOKENS, **settings)
+        causal_lm.generate(tokens[:1, :9], **TOKENS, **passing(DynamicCache()))
+        cache = DynamicCache()
+        causal_lm(tokens[:, :5], None, None, cache), causal_lm(tokens[:, 5:9], cache=cache)
+    assert cache.get_seq_length() == 9
+
+
 # What it is by default
 
 
@@ -84,7 +117,7 @@ def test_a_cache_that_is_passed_or_named_is_used_as_it_is(causal_lm, tokens):
         DynamicCache(config=causal_lm.config),
         StaticCache(causal_lm.config, max_cache_len=99),
     ):
-        assert cache_of(causal_lm(tokens[:, :9], past_key_values=passed)) is passed
+        assert cache_of(causal_lm(tokens[:, :9], cache=passed)) is passed
         passed.reset()
     passed = DynamicCache(config=causal_lm.config)
     output = causal_lm.generate(tokens[:, :9], **TOKENS, **passing(passed), return_dict_in_generate=True)
@@ -122,7 +155,7 @@ def test_layers_removed_from_a_model(modeling, caches, tokens):
     causal_lm.model.layers = causal_lm.model.layers[:1]
     causal_lm.config.num_hidden_layers = 1
     cache = cache_of(causal_lm(tokens[:, :30]))
-    step = causal_lm(tokens[:, 30:31], past_key_values=cache).logits
+    step = causal_lm(tokens[:, 30:31], cache=cache).logits
     assert_near(step, causal_lm(tokens[:, :31], use_cache=False).logits[:, -1:])
     assert type(cache) is caches.GrowingCache and len(cache.layers) == 1
 
@@ -216,18 +249,18 @@ def test_other_rows_and_dtypes_are_the_librarys_business(caches):
 def test_continuations_of_one_prefix_are_separate(causal_lm, caches, tokens, way):
     """Each sees its own tokens, whatever the order of the steps; the prefix is not changed."""
     prefix = cache_of(causal_lm(tokens[:1, :50]))
-    causal_lm(tokens[:1, 50:52], past_key_values=prefix)  # into a buffer with room
+    causal_lm(tokens[:1, 50:52], cache=prefix)  # into a buffer with room
     before = [tensor.clone() for tensor in contents(prefix)]
     copies = [copied(prefix, way) for _ in range(2)]
     branches = [tokens[:1, 60:75], tokens[:1, 80:95]]
     logits = [[], []]
     for step in range(15):
         for cache, branch, rows in zip(copies, branches, logits, strict=True):
-            rows.append(causal_lm(branch[:, step : step + 1], past_key_values=cache).logits)
+            rows.append(causal_lm(branch[:, step : step + 1], cache=cache).logits)
     for branch, rows in zip(branches, logits, strict=True):
         own = DynamicCache(config=causal_lm.config)
-        causal_lm(tokens[:1, :50], past_key_values=own), causal_lm(tokens[:1, 50:52], past_key_values=own)
-        expected = [causal_lm(token, past_key_values=own).logits for token in branch.split(1, dim=1)]
+        causal_lm(tokens[:1, :50], cache=own), causal_lm(tokens[:1, 50:52], cache=own)
+        expected = [causal_lm(token, cache=own).logits for token in branch.split(1, dim=1)]
         assert torch.equal(torch.cat(rows), torch.cat(expected))
     assert all(torch.equal(one, other) for one, other in zip(contents(prefix), before, strict=True))
     assert isinstance(prefix.layers[0], caches.GrowingLayer)
@@ -273,7 +306,7 @@ def test_gradients_flow_through_it(causal_lm, tokens):
     for cache in (None, DynamicCache(config=causal_lm.config)):
         embeds = causal_lm.get_input_embeddings()(tokens[:, :30]).detach().requires_grad_()
         for part in (embeds[:, :20], embeds[:, 20:29], embeds[:, 29:]):
-            output = causal_lm(inputs_embeds=part, past_key_values=cache, use_cache=True)
+            output = causal_lm(inputs_embeds=part, cache=cache, use_cache=True)
             cache = cache_of(output)
         output.logits.float().logsumexp(-1).sum().backward()
         gradients.append(embeds.grad)
@@ -286,8 +319,8 @@ def test_a_step_with_gradients_only_in_the_queries(modeling, tokens):
     causal_lm.model.layers[-1].self_attn.q_proj.weight.requires_grad_(True)
     with torch.no_grad():
         cache = cache_of(causal_lm(tokens[:, :20]))
-        causal_lm(tokens[:, 20:21], past_key_values=cache)
-    loss = sum(causal_lm(tokens[:, step : step + 1], past_key_values=cache).logits.sum() for step in (21, 22))
+        causal_lm(tokens[:, 20:21], cache=cache)
+    loss = sum(causal_lm(tokens[:, step : step + 1], cache=cache).logits.sum() for step in (21, 22))
     loss.backward()  # an error if a step had written into the buffer
     assert causal_lm.model.layers[-1].self_attn.q_proj.weight.grad.abs().sum() > 0
 
@@ -296,9 +329,9 @@ def test_filled_in_inference_mode_and_continued_outside(causal_lm, tokens):
     """Tensors made there may not be written to elsewhere."""
     with torch.inference_mode():
         cache = cache_of(causal_lm(tokens[:, :20]))
-        causal_lm(tokens[:, 20:21], past_key_values=cache)
+        causal_lm(tokens[:, 20:21], cache=cache)
     with torch.no_grad():
-        found = [causal_lm(tokens[:, step : step + 1], past_key_values=cache).logits for step in (21, 22)]
+        found = [causal_lm(tokens[:, step : step + 1], cache=cache).logits for step in (21, 22)]
         assert_near(torch.cat(found, dim=1), causal_lm(tokens[:, :23]).logits[:, -2:])
 
 
@@ -310,7 +343,7 @@ def test_a_compiled_step_appends_to_it(causal_lm, tokens):
     cache = cache_of(causal_lm(tokens[:, :20]))
     for step in range(20, 28):
         forward = compiled if 22 <= step < 25 else causal_lm
-        logits = forward(tokens[:, step : step + 1], past_key_values=cache).logits
+        logits = forward(tokens[:, step : step + 1], cache=cache).logits
         assert_near(logits, causal_lm(tokens[:, : step + 1]).logits[:, -1:])
 
 
@@ -341,9 +374,9 @@ def test_memory(modeling, caches):
     largest, held = {}, {}
     for kind in (DynamicCache, caches.GrowingCache):
         cache = kind(config=causal_lm.config)
-        causal_lm(ids, past_key_values=cache), causal_lm(ids[:, :1], past_key_values=cache)
+        causal_lm(ids, cache=cache), causal_lm(ids[:, :1], cache=cache)
         layer = cache.layers[0].keys.nbytes
-        largest[kind] = memory_use(lambda cache=cache: causal_lm(ids[:, :1], past_key_values=cache)).largest
+        largest[kind] = memory_use(lambda cache=cache: causal_lm(ids[:, :1], cache=cache)).largest
         held[kind] = sum(tensor.untyped_storage().nbytes() for tensor in contents(cache))
     assert largest[DynamicCache] >= layer > 2 * largest[caches.GrowingCache]
     assert held[DynamicCache] < held[caches.GrowingCache] <= 1.13 * held[DynamicCache]
@@ -407,15 +440,15 @@ def test_a_captured_step_can_write_into_the_buffers(causal_lm, caches, tokens):
     captured = StaticCache(causal_lm.config, max_cache_len=64)
     for step in range(50, 64):
         if step == 50:
-            causal_lm(tokens[:, :50], past_key_values=captured)  # initialises its layers, and its length
+            causal_lm(tokens[:, :50], cache=captured)  # initialises its layers, and its length
             for static, layer in zip(captured.layers, cache.layers, strict=True):
                 static.keys, static.values = layer.buffers
-        found = causal_lm(tokens[:, step : step + 1], past_key_values=captured).logits
+        found = causal_lm(tokens[:, step : step + 1], cache=captured).logits
         for layer in cache.layers:
             layer.advance(1)
-        assert_near(found, causal_lm(tokens[:, step : step + 1], past_key_values=plain).logits)
+        assert_near(found, causal_lm(tokens[:, step : step + 1], cache=plain).logits)
     for one, other in zip(contents(cache), contents(plain), strict=True):
         assert_near(one, other)
     assert addresses == [buffer.data_ptr() for layer in cache.layers for buffer in layer.buffers]
-    update_after = causal_lm(tokens[:, 64:65], past_key_values=cache).logits
-    assert_near(update_after, causal_lm(tokens[:, 64:65], past_key_values=plain).logits)
+    update_after = causal_lm(tokens[:, 64:65], cache=cache).logits
+    assert_near(update_after, causal_lm(tokens[:, 64:65], cache=plain).logits)

@@ -163,7 +163,6 @@ def filled(model, ids, cache=None) -> DynamicCache | StaticCache:
 
 WRONG_CACHES = {
     "fewer layers": (lambda m, ids: filled(other_model(m, num_hidden_layers=2), ids), "has 2 layers.* this model 4"),
-    "more layers": (lambda m, ids: filled(other_model(m, num_hidden_layers=6), ids), "has 6 layers.* this model 4"),
     "other heads": (
         lambda m, ids: filled(other_model(m, num_attention_heads=2, num_key_value_heads=2), ids),
         "belongs to another model, has another batch size",
@@ -177,8 +176,9 @@ WRONG_CACHES = {
         lambda m, ids: filled(m, ids, StaticCache(config=m.config, max_cache_len=11)),
         "a static cache that is full",
     ),
-    "a dict": (lambda m, ids: {"keys": torch.zeros(1, 4, 3, 32)}, "past_key_values is a dict: pass"),
-    "a tuple": (lambda m, ids: ((torch.zeros(1, 4, 3, 32),) * 2,) * 4, "past_key_values is a tuple: pass"),
+    "a dict": (lambda m, ids: {"keys": torch.zeros(1, 4, 3, 32)}, "The cache is a dict: pass"),
+    "a tensor": (lambda m, ids: torch.zeros(1, 4, 3, 32), "The cache is a Tensor: pass"),
+    "a tuple": (lambda m, ids: ((torch.zeros(1, 4, 3, 32),) * 2,) * 4, "The cache is a tuple: pass"),
 }
 
 

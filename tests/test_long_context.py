@@ -62,9 +62,9 @@ def test_angles_are_float32_under_any_dtype_and_autocast(rotary, model, dtype, k
 def test_dynamic_ntk_starts_right_after_the_window(model, ids, length):
     """M-1 and M tokens are plain rotary, M+1 are not; with and without a cache the logits agree at each length."""
     tokens = ids[:1, :length]
-    cached = model(tokens, past_key_values=new_cache("dynamic", model)).logits
+    cached = model(tokens, cache=new_cache("dynamic", model)).logits
     assert_near(cached, model(tokens, use_cache=False).logits)
-    assert_near(cached, model(tokens, past_key_values=new_cache("static", model)).logits)
+    assert_near(cached, model(tokens, cache=new_cache("static", model)).logits)
     plain = copy.deepcopy(model)
     plain.config.rotary = {**model.config.rotary, "type": "origin"}
     difference = (plain(tokens).logits - cached).abs().max()
@@ -77,20 +77,20 @@ def test_chunked_prefill(model, ids, cache):
     """A chunk uses the length reached at its end, as in the official code."""
     chunks, past = [], new_cache(cache, model)
     for start, end in ((0, 40), (40, 70), (70, 71), (71, 120)):
-        chunks.append(model(ids[:1, start:end], past_key_values=past).logits[0])
+        chunks.append(model(ids[:1, start:end], cache=past).logits[0])
     plain = with_fixed_base(model, 120)
     # The first layer's keys do not depend on earlier bases: with one layer, the last chunk equals a full forward.
     one = one_layer(model)
     past = new_cache(cache, one)
     for start, end in ((0, 40), (40, 70), (70, 71), (71, 120)):
-        last = one(ids[:1, start:end], past_key_values=past).logits[0]
+        last = one(ids[:1, start:end], cache=past).logits[0]
     assert_near(last, one_layer(plain)(ids[:1, :120]).logits[0, 71:])
     # Up to the window, chunks change nothing.
     assert_near(chunks[0], model(ids[:1, :40]).logits[0])
     for length in (10, 30, WINDOW):
         past = new_cache(cache, model)
         for start in range(0, length, 10):
-            out = model(ids[:1, start : min(start + 10, length)], past_key_values=past).logits[0]
+            out = model(ids[:1, start : min(start + 10, length)], cache=past).logits[0]
         assert_near(out[-1], model(ids[:1, :length]).logits[0, -1])
 
 
@@ -100,10 +100,10 @@ def test_few_tokens_at_once_equal_one_by_one(model, ids):
     padded, mask = pad_left([ids[0, :120], ids[1, :90], ids[2, :70]], 120)
     together, apart = new_cache("dynamic", model), new_cache("dynamic", model)
     for past in (together, apart):
-        model(padded[:, :80], attention_mask=mask[:, :80], past_key_values=past)
-    logits = model(padded[:, 80:100], attention_mask=mask[:, :100], past_key_values=together).logits
+        model(padded[:, :80], attention_mask=mask[:, :80], cache=past)
+    logits = model(padded[:, 80:100], attention_mask=mask[:, :100], cache=together).logits
     for step in range(80, 100):
-        single = model(padded[:, step : step + 1], attention_mask=mask[:, : step + 1], past_key_values=apart).logits
+        single = model(padded[:, step : step + 1], attention_mask=mask[:, : step + 1], cache=apart).logits
         seen = mask[:, step].bool()
         assert_near(logits[seen, step - 80], single[seen, 0])
 
@@ -146,10 +146,10 @@ def test_right_padded_rows_then_decode(model, ids, cache):
         tokens[row, :length] = ids[row, :length]
         mask[row, :length] = 1
     mask[:, 90:] = 1
-    model(tokens, attention_mask=mask[:, :90], past_key_values=past)
+    model(tokens, attention_mask=mask[:, :90], cache=past)
     for step in range(new):
         token = torch.stack([ids[row, length + step] for row, length in enumerate(prompt)])[:, None]
-        logits = model(token, attention_mask=mask[:, : 91 + step], past_key_values=past).logits[:, -1]
+        logits = model(token, attention_mask=mask[:, : 91 + step], cache=past).logits[:, -1]
     for row, length in enumerate(prompt):
         alone = forced_decode(model, ids[row : row + 1], length, length + new, new_cache("dynamic", model))
         assert_near(logits[row], alone[-1])
@@ -162,8 +162,8 @@ def test_position_ids_are_obeyed(model, ids):
     offset = torch.arange(30)[None] + 20
     assert_near(model(tokens, position_ids=offset).logits, model(tokens).logits)
     past = new_cache("dynamic", model)
-    model(tokens, position_ids=offset, past_key_values=past)
-    stepped = model(ids[:1, 30:31], position_ids=torch.tensor([[50]]), past_key_values=past).logits
+    model(tokens, position_ids=offset, cache=past)
+    stepped = model(ids[:1, 30:31], position_ids=torch.tensor([[50]]), cache=past).logits
     assert_near(stepped[0, -1], model(ids[:1, :31]).logits[0, -1])
 
 
@@ -243,12 +243,12 @@ def test_a_cache_can_be_continued_and_cropped(model, ids):
     assert greedy_rows(model, longer, cache=again).tolist() == continued.tolist()
 
     past = DynamicCache(config=model.config)
-    model(ids[:1, :100], past_key_values=past)
+    model(ids[:1, :100], cache=past)
     reference = copy.deepcopy(past)
-    expected = model(ids[:1, 100:101], past_key_values=reference).logits
-    model(ids[1:2, :20], past_key_values=past)
+    expected = model(ids[:1, 100:101], cache=reference).logits
+    model(ids[1:2, :20], cache=past)
     past.crop(-20)
-    assert_near(model(ids[:1, 100:101], past_key_values=past).logits, expected, atol=1e-5)
+    assert_near(model(ids[:1, 100:101], cache=past).logits, expected, atol=1e-5)
 
 
 def test_engine_managed_caches_use_the_trained_base(model, ids):
@@ -295,10 +295,10 @@ def test_a_far_too_long_text_warns_once(model, ids, caplog):
     model.model._warned_of_length = False
     tokens, past = torch.cat((ids, ids, ids), dim=1)[:1], new_cache("dynamic", model)
     with caplog.at_level("WARNING"):
-        model(tokens[:, : 8 * WINDOW], past_key_values=past)
+        model(tokens[:, : 8 * WINDOW], cache=past)
         assert not caplog.records
         for position in range(8 * WINDOW, 8 * WINDOW + 3):
-            assert model(tokens[:, position : position + 1], past_key_values=past).logits.isfinite().all()
+            assert model(tokens[:, position : position + 1], cache=past).logits.isfinite().all()
     assert [
         record.getMessage() for record in caplog.records if "513 tokens are more than 8 times" in record.getMessage()
     ]

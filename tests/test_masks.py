@@ -75,7 +75,7 @@ def test_branches_in_one_forward(dynamic, texts, implementation, branches):
     """
     dynamic = with_attention(one_layer(dynamic) if branches == (40, 25) else dynamic, implementation)
     past, prefix, start = new_cache("dynamic", dynamic), list(range(100)), 100
-    dynamic(texts[:1, :100], past_key_values=past)
+    dynamic(texts[:1, :100], cache=past)
     rows, positions, expected = [], [], []
     for row, count in enumerate(branches, start=1):
         rows += [prefix + list(range(start, start + new + 1)) for new in range(count)]
@@ -85,12 +85,12 @@ def test_branches_in_one_forward(dynamic, texts, implementation, branches):
             tokens = torch.cat((texts[:1, :100], texts[row : row + 1, :count]), dim=1)
             expected.append(with_fixed_base(dynamic, 140)(tokens).logits[0, 100:])
         else:
-            expected.append(dynamic(texts[row : row + 1, :count], past_key_values=copy.deepcopy(past)).logits[0])
+            expected.append(dynamic(texts[row : row + 1, :count], cache=copy.deepcopy(past)).logits[0])
     logits = dynamic(
         torch.cat([texts[row, :count] for row, count in enumerate(branches, start=1)])[None],
         attention_mask=rows_of(rows, implementation),
         position_ids=torch.cat(positions)[None],
-        past_key_values=past,
+        cache=past,
     ).logits[0]
     assert_near(logits, torch.cat(expected))
 
@@ -114,9 +114,9 @@ def test_packed_rows_with_a_cache(modeling, dynamic, texts, implementation, monk
             start += end - begin
             tokens.append(text[begin:end])
             places.append(torch.arange(begin, end))
-            expected.append(dynamic(text[None, begin:end], past_key_values=alone[number]).logits[0])
+            expected.append(dynamic(text[None, begin:end], cache=alone[number]).logits[0])
         inputs = {"attention_mask": rows_of(rows, implementation), "position_ids": torch.cat(places)[None]}
-        logits = dynamic(torch.cat(tokens)[None], past_key_values=past, **inputs).logits[0]
+        logits = dynamic(torch.cat(tokens)[None], cache=past, **inputs).logits[0]
         assert_near(logits, torch.cat(expected))
 
 
@@ -149,7 +149,7 @@ def test_a_cache_that_drops_what_left_its_sliding_window(dynamic, texts, kind):
         elif start:  # the library's masks let a chunk see what is still there
             seen &= torch.arange(end) > start - 16
         places = (mask.cumsum(-1) - 1).clamp(min=0)[:, start:end]
-        expected = dynamic(texts[:2, start:end], attention_mask=seen, position_ids=places, past_key_values=full).logits
-        found = sliding(texts[:2, start:end], attention_mask=mask[:, :end], past_key_values=past).logits
+        expected = dynamic(texts[:2, start:end], attention_mask=seen, position_ids=places, cache=full).logits
+        found = sliding(texts[:2, start:end], attention_mask=mask[:, :end], cache=past).logits
         real = mask[:, start:end].bool()
         assert_near(found[real], expected[real])

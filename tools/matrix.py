@@ -65,7 +65,7 @@ def install(version: str, log: Path) -> Path:
     uv = [sys.executable, "-m", "uv"]
     links = os.environ.get("PIP_FIND_LINKS", "").split()
     python = folder / "bin" / "python"
-    packages = [f"transformers=={version}", *pins("torch", "jinja2", "pytest", "pytest-timeout")]
+    packages = [f"transformers=={version}", *pins("torch", "accelerate", "jinja2", "pytest", "pytest-timeout")]
     with log.open("w") as file:
         for command in (
             [*uv, "venv", "--quiet", "--python", sys.executable, str(folder)],

@@ -95,11 +95,11 @@ def cached_loss(subject: Subject, length: int, count: int) -> float:
     ids = long_documents(subject, length, count)
     start = length - subject.window // 2
     cache = DynamicCache(config=subject.model.config)
-    logits = subject.model(ids[:, :start], past_key_values=cache, logits_to_keep=1).logits[:, -1]
+    logits = subject.model(ids[:, :start], cache=cache, logits_to_keep=1).logits[:, -1]
     losses = []
     for position in range(start, length):
         losses.append(cross_entropy(logits.float(), ids[:, position]).item())
-        logits = subject.model(ids[:, position : position + 1], past_key_values=cache).logits[:, -1]
+        logits = subject.model(ids[:, position : position + 1], cache=cache).logits[:, -1]
     return sum(losses) / len(losses)
 
 

@@ -101,6 +101,21 @@ def test_trainer_step_equals_plain_torch(model, tiny_tokenizer, tmp_path):
     assert_same_step(before, weights(model), stepped)
 
 
+@pytest.mark.parametrize("wrapped", (False, True), ids=("plain", "LoRA"))
+def test_trainer_smooths_labels_of_the_next_token(model, tiny_tokenizer, tmp_path, wrapped):
+    """Too little smoothing to matter is none. It was computed for the same token, so a model learned to stutter."""
+    if wrapped:
+        torch.manual_seed(0)
+        model = get_peft_model(model, LoraConfig(target_modules=PROJECTIONS, init_lora_weights=False))
+    before, after = weights(model), []
+    for factor in (0.0, 1e-9):
+        trained, settings = copy.deepcopy(model), {"per_device_train_batch_size": 4, "label_smoothing_factor": factor}
+        data = rows(tiny_tokenizer)
+        Trainer(trained, arguments(TrainingArguments, tmp_path, **settings), train_dataset=data).train()
+        after.append(weights(trained))
+    assert_same_step(before, *after)
+
+
 def test_trainer_predicts_only_logits(model, tiny_tokenizer, tmp_path):
     """Evaluation gathers the logits without the cache."""
     trainer = Trainer(model, arguments(TrainingArguments, tmp_path, use_cache=True))

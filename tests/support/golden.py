@@ -1,6 +1,6 @@
 """The golden checkpoints and outputs of the official code, and the helpers that compare a model with them.
 
-Imported by tests/matrix_check.py, whose environments hold torch, transformers, jinja2 and pytest only.
+Imported by tests/matrix_check.py, whose environments hold torch, transformers, accelerate, jinja2 and pytest only.
 """
 
 import copy
@@ -39,8 +39,8 @@ def cache_of(output):
 @torch.no_grad()
 def forced_decode(model, ids, prompt, end, cache):
     """Logits (end - prompt + 1, V) of a prefill of `prompt` tokens, then of one decode step per token of `ids`."""
-    logits = [model(ids[:, :prompt], past_key_values=cache).logits[:, -1]]
-    logits += [model(ids[:, step : step + 1], past_key_values=cache).logits[:, -1] for step in range(prompt, end)]
+    logits = [model(ids[:, :prompt], cache=cache).logits[:, -1]]
+    logits += [model(ids[:, step : step + 1], cache=cache).logits[:, -1] for step in range(prompt, end)]
     return torch.cat(logits)
 
 
