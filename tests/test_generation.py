@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from support.generation import GREEDY, PROMPTS, greedy_ids, greedy_text
+from support.golden import load
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +96,12 @@ def weaker_model(folder):
     return AutoModelForCausalLM.from_pretrained(folder, config=config, trust_remote_code=True, dtype=torch.float32)
 
 
+def test_engines_may_bring_their_own_attention(modeling):
+    """What vLLM, SGLang and TGI ask of a model in transformers' format before they load it, and flash attention's."""
+    for kind in modeling.__all__:
+        assert getattr(modeling, kind).is_backend_compatible()
+
+
 @pytest.mark.parametrize("attention", ("eager", "sdpa"))
 def test_generate_batch(tiny_dir, tiny_tokenizer, attention, caplog):
     """Continuous batching of six prompts of different lengths, with a warning about long ones."""
@@ -125,6 +132,18 @@ def test_cache_by_either_name(tiny_model, tiny_tokenizer, name):
     torch.testing.assert_close(torch.cat(logits, dim=1), tiny_model(ids).logits, atol=1e-4, rtol=1e-4)
     assert cache.get_seq_length() == ids.shape[1]
     assert tiny_model(ids, **{name: None}).cache.get_seq_length() == ids.shape[1]
+
+
+@pytest.mark.parametrize("checkpointing", (False, True))
+def test_a_model_in_training_fills_a_cache_unless_gradient_checkpointing(modeling, caplog, checkpointing):
+    """With it every layer runs twice, and would append twice: the cache that is passed stays empty, with a warning."""
+    causal_lm, cache = load(modeling, "tiny_20b_dynamic").train(), DynamicCache()
+    if checkpointing:
+        causal_lm.activation_checkpointing_enable()
+    logging.Logger.warning_once.cache_clear()  # another test may have triggered the warning
+    causal_lm(torch.arange(9)[None], cache=cache)
+    assert cache.get_seq_length() == (0 if checkpointing else 9)
+    assert ("the cache that was passed is not used" in caplog.text) == checkpointing
 
 
 def test_beam_search_is_the_same_with_and_without_a_cache(tiny_model, tiny_tokenizer):
