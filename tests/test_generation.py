@@ -1,5 +1,6 @@
 """Every way to generate, on the tiny model: the tokens are those of plain greedy search."""
 
+import copy
 import logging
 import warnings
 from threading import Thread
@@ -82,11 +83,13 @@ def test_ways_to_the_same_text(tiny_model, tiny_dir, tiny_tokenizer, long_prompt
         "static": {"cache_implementation": "static"},
         "chunked prefill": {"prefill_chunk_size": 7},
     }[way]
+    # Early exit changes the number of layers while it drafts, and does not change it back after an error.
+    model = copy.deepcopy(tiny_model) if way == "early exit" else tiny_model
     expected = greedy_ids(tiny_model, ids)
     if way == "chunked prefill" and beyond:  # beyond the window, chunks of the prompt have other bases than the whole
         ids, expected = ids[:, :200], greedy_ids(tiny_model, ids[:, :200], max_new_tokens=80)
         settings["max_new_tokens"] = 80
-    assert greedy_ids(tiny_model, ids, **settings) == expected
+    assert greedy_ids(model, ids, **settings) == expected
 
 
 def weaker_model(folder):

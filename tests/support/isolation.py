@@ -6,7 +6,7 @@ import sys
 
 import torch
 from torch.nn.modules import module as nn_module
-from transformers.utils import logging
+from transformers.utils import HF_MODULES_CACHE, logging
 
 
 # pytest's own, and what torch sets when it first compiles.
@@ -18,7 +18,7 @@ def process_state() -> dict[str, object]:
     state = {f"os.environ[{name!r}]": value for name, value in os.environ.items() if name not in _IGNORED}
     return state | {
         "os.getcwd()": os.getcwd(),
-        "sys.path": tuple(sys.path),
+        "sys.path": [path for path in sys.path if path != HF_MODULES_CACHE],  # transformers adds it
         "the handler of SIGINT": signal.getsignal(signal.SIGINT),
         "transformers' verbosity": logging.get_verbosity(),
         "transformers' progress bars": logging.is_progress_bar_enabled(),
@@ -37,7 +37,8 @@ def model_state(model: torch.nn.Module) -> dict[str, object]:
             state |= {f"{name}.{key}": value for key, value in settings.to_dict().items()}
             state[f"{name}._attn_implementation"] = getattr(settings, "_attn_implementation", None)
     for name, module in model.named_modules():
-        hooks = len(module._forward_hooks) + len(module._forward_pre_hooks)
+        hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+        hooks = [id(hook) for hook in hooks if "output_capturing" not in hook.__module__]  # transformers keeps its own
         state[f"module {name!r}"] = id(module), module.training, hooks, "forward" in vars(module)
     for name, parameter in model.named_parameters():
         state[name] = id(parameter), parameter._version, parameter.requires_grad, parameter.grad is not None
