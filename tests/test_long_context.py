@@ -129,7 +129,7 @@ def shallow(model):
 def test_few_tokens_at_once_equal_one_by_one(model, ids, new):
     """Up to 32 tokens at once use their own lengths, in padded rows too, exactly as in separate decode steps.
 
-    More share the length at their end, at which only the last one's logits are those of its step.
+    More share the length at their end.
     """
     padded, mask = pad_left([ids[0, :120], ids[1, :90], ids[2, :70]], 120)
     together, apart = new_cache("dynamic", model), new_cache("dynamic", model)

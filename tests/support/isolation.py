@@ -9,13 +9,14 @@ from torch.nn.modules import module as nn_module
 from transformers.utils import HF_MODULES_CACHE, logging
 
 
-# pytest's own, and what torch sets when it first compiles.
-_IGNORED = ("PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
+# Other variables are set by libraries, when they are imported or first used.
+_VARIABLES = ("HF_", "HOME", "OMP_", "PATH", "PYTHON", "TOKENIZERS_", "TRANSFORMERS_")
 
 
 def process_state() -> dict[str, object]:
     """Settings of the whole process."""
-    state = {f"os.environ[{name!r}]": value for name, value in os.environ.items() if name not in _IGNORED}
+    environment = {name: value for name, value in os.environ.items() if name.startswith(_VARIABLES)}
+    state: dict[str, object] = {f"os.environ[{name!r}]": value for name, value in environment.items()}
     return state | {
         "os.getcwd()": os.getcwd(),
         "sys.path": [path for path in sys.path if path != HF_MODULES_CACHE],  # transformers adds it
@@ -39,7 +40,7 @@ def model_state(model: torch.nn.Module) -> dict[str, object]:
     for name, module in model.named_modules():
         hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
         hooks = [id(hook) for hook in hooks if "output_capturing" not in hook.__module__]  # transformers keeps its own
-        state[f"module {name!r}"] = id(module), module.training, hooks, "forward" in vars(module)
+        state[f"module {name!r}"] = id(module), type(module), module.training, hooks
     for name, parameter in model.named_parameters():
         state[name] = id(parameter), parameter._version, parameter.requires_grad, parameter.grad is not None
     return state
