@@ -2,15 +2,14 @@
 
 import os
 import signal
-import sys
 
 import torch
 from torch.nn.modules import module as nn_module
-from transformers.utils import HF_MODULES_CACHE, logging
+from transformers.utils import logging
 
 
 # Other variables are set by libraries, when they are imported or first used.
-_VARIABLES = ("HF_", "HOME", "OMP_", "PATH", "PYTHON", "TOKENIZERS_", "TRANSFORMERS_")
+_VARIABLES = ("HF_", "HOME", "OMP_", "PATH", "PYTHON", "TRANSFORMERS_")
 
 
 def process_state() -> dict[str, object]:
@@ -19,7 +18,6 @@ def process_state() -> dict[str, object]:
     state: dict[str, object] = {f"os.environ[{name!r}]": value for name, value in environment.items()}
     return state | {
         "os.getcwd()": os.getcwd(),
-        "sys.path": [path for path in sys.path if path != HF_MODULES_CACHE],  # transformers adds it
         "the handler of SIGINT": signal.getsignal(signal.SIGINT),
         "transformers' verbosity": logging.get_verbosity(),
         "transformers' progress bars": logging.is_progress_bar_enabled(),
