@@ -3,11 +3,12 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 TINY := build/internlm-tiny
+SEED ?= $(shell date +%s)
 export PYTHONUNBUFFERED := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo chat test serve quality style test-evaluation test-ecosystem test-vllm test-llamacpp matrix mutation bench bench-llamacpp tiny long-context reliability
+.PHONY: help demo chat test serve quality style test-gpu test-evaluation test-ecosystem test-vllm test-llamacpp matrix mutation bench bench-llamacpp tiny long-context reliability
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 18
@@ -31,8 +32,12 @@ serve: .venvs/serving/installed ## start an OpenAI-compatible server, docs/servi
 	.venvs/serving/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-serving.txt
 	@touch $@
 
-test: $(VENV)/installed ## run the tests
-	$(BIN)/python -m pytest -q -m "not slow and not evaluation and not ecosystem and not gpu" -n 2 --dist loadfile
+test: $(VENV)/installed ## run the tests, in random order (SEED=the number that an earlier run printed for the same one)
+	$(BIN)/python -m pytest -q -m "not slow and not evaluation and not ecosystem and not gpu" -n 2 --dist loadfile \
+		--randomly-seed=$(SEED)
+
+test-gpu: $(VENV)/installed ## run the tests that need a CUDA device; without one they are skipped
+	$(BIN)/python -m pytest -q -m gpu
 
 quality: $(VENV)/installed ## check lint, formatting and types
 	$(BIN)/ruff check .
@@ -98,6 +103,7 @@ long-context: $(VENV)/installed ## measure loss and recall at 1 to 4 windows: do
 	$(BIN)/python tools/measure_long_context.py
 
 reliability: $(VENV)/installed ## run fuzzing, concurrency, kill -9 and soak tests at full length: docs/reliability.md
+	$(BIN)/python -m pytest -q -m slow -n 2
 	$(BIN)/python tests/reliability.py
 
 tiny: $(VENV)/installed ## retrain checkpoints/tiny (about an hour)

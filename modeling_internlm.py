@@ -194,7 +194,6 @@ class InternLMPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["InternLMDecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values", "cache"]  # its name until 5.23, and since
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True

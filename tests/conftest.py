@@ -6,6 +6,7 @@ import sys
 import threading
 import types
 from pathlib import Path
+from typing import Any
 
 
 # No test accesses the network: models are loaded from folders, or from a Hub that the test runs on the loopback.
@@ -23,6 +24,7 @@ import torch
 
 from tools import package
 
+from support.isolation import changes, model_state, process_state
 from support.paths import TINY
 
 
@@ -34,6 +36,41 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     """Import these tests only with their marker: other environments lack their packages."""
     marker = OWN_ENVIRONMENTS.get(collection_path.name)
     return True if marker and config.getoption("markexpr") != marker else None
+
+
+# The models that several tests share, by fixture.
+SHARED: dict[pytest.FixtureDef, torch.nn.Module] = {}
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_fixture_setup(fixturedef: pytest.FixtureDef) -> Any:
+    value = yield
+    if fixturedef.scope != "function" and isinstance(value, torch.nn.Module):
+        SHARED[fixturedef] = value
+    return value
+
+
+def pytest_fixture_post_finalizer(fixturedef: pytest.FixtureDef) -> None:
+    SHARED.pop(fixturedef, None)
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_behind(request: pytest.FixtureRequest):
+    """Tests pass in any order: each begins with the same random numbers, and leaves everything as it was.
+
+    The libraries of other environments change settings of the process themselves, so nothing is checked there.
+    """
+
+    def state() -> dict[str, object]:
+        models = [(fixture.argname, model_state(model)) for fixture, model in SHARED.items()]
+        return process_state() | {f"{name}: {key}": value for name, one in models for key, value in one.items()}
+
+    torch.manual_seed(0)
+    before = state()
+    yield
+    elsewhere = any(request.node.get_closest_marker(name) for name in ("evaluation", *OWN_ENVIRONMENTS.values()))
+    left = [] if elsewhere else changes(before, state())
+    assert not left, "\n".join(["This test leaves behind:", *left])
 
 
 @pytest.fixture(scope="session")

@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
+from support.checkpoints import SEVEN, golden_state, official_config, pickled_checkpoint
 from support.hub_server import TOKEN, Hub, User, environment
 from support.processes import in_child
 
@@ -191,6 +192,41 @@ def test_large_finite_weights_are_accepted(folder):
     ):
         load(folder, dtype=torch.float16)
     assert load(folder, dtype=torch.bfloat16).get_parameter(NORM).isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+def test_float8_weights_are_not_checked(dtype, modeling):
+    """torch sums none: a model with quantised weights loads, and its other weights are checked."""
+    checks = sys.modules[modeling.InternLMModel.__module__.replace("modeling_", "checks_")]
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4, bias=False).to(dtype), torch.nn.LayerNorm(4))
+    checks.check_finite(model)
+    torch.nn.init.constant_(model[1].weight, float("nan"))
+    with pytest.raises(ValueError, match="1.weight holds NaN"):
+        checks.check_finite(model)
+
+
+@pytest.mark.parametrize("lost", ["q_proj.bias", "_proj.bias"])
+def test_missing_biases_contradict_config_json_only_if_all_are(lost, modeling, tmp_path):
+    """Without a few of them a checkpoint is damaged, and "bias": false would hide it."""
+    state = {name: value for name, value in golden_state(SEVEN).items() if not name.endswith(lost)}
+    config = official_config(SEVEN)
+    pickled_checkpoint(tmp_path, state, config)
+    layers = config["num_hidden_layers"]
+    some = rf"lacks {layers} parameters, model.layers.0.self_attn.q_proj.bias among them: fetch it again"
+    with pytest.raises(
+        ValueError, match=some if lost == "q_proj.bias" else "has no attention biases, but config.bias"
+    ):
+        modeling.InternLMForCausalLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin.index.json", "model.safetensors.index.fp16.json"])
+def test_an_index_of_any_name_is_looked_at(name, folder, tmp_path):
+    """Of pickles, and of a variant."""
+    shutil.copy(folder / WEIGHTS, tmp_path / "outside.safetensors")
+    index(folder, "../outside.safetensors")
+    (folder / INDEX).rename(folder / name)
+    with pytest.raises(ValueError, match=f"{name} places weights in '../outside.safetensors', outside its folder"):
+        load(folder, **({"variant": "fp16"} if "fp16" in name else {}))
 
 
 def test_an_index_that_points_outside_its_folder_is_refused(folder, tmp_path, modeling):

@@ -1,6 +1,7 @@
 """chat() and stream_chat(): the official signatures, on top of the chat template, generate and streamers."""
 
 import inspect
+import logging
 import re
 import subprocess
 import sys
@@ -9,11 +10,16 @@ import time
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import (
     AutoModelForCausalLM,
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
+    PreTrainedTokenizerFast,
+    StoppingCriteriaList,
     TextIteratorStreamer,
 )
 
@@ -100,6 +106,46 @@ def test_the_template_renders_the_prompt(model, tokenizer, monkeypatch):
     assert text[0].startswith("<s><|System|>:You are an AI assistant whose name is InternLM")
     assert text[1].startswith("<s><|User|>:a\n<|Bot|>:b<eoa>\n<|User|>:c\n<|Bot|>:")
     assert text[2].startswith("<s><|System|>:Be brief.\n<|User|>:a")
+
+
+def test_greedy_replies_get_no_sampling_settings(model, tokenizer, caplog, monkeypatch):
+    """generate warns of a temperature or top_p that greedy search ignores: without such an argument none is passed."""
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    logging.Logger.warning_once.cache_clear()  # another test may have triggered the warning
+    model.chat(tokenizer, "hi", do_sample=False, max_new_tokens=2)
+    assert not caplog.records
+    model.generate(**tokenizer("hi", return_tensors="pt"), do_sample=False, temperature=0.5, max_new_tokens=2)
+    assert "temperature" in caplog.text
+
+
+def test_callers_stopping_criteria_end_a_reply(model, tokenizer):
+    """chat's, and stream_chat's beside its own."""
+
+    def stop_after_three(input_ids, scores, **kwargs):
+        return torch.full((len(input_ids),), input_ids.shape[1] >= prompt_length + 3)
+
+    prompt = tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], add_generation_prompt=True)
+    prompt_length = len(prompt["input_ids"])
+    words = tokenizer("one two three four five six", add_special_tokens=False)["input_ids"]
+    settings = forcing(tokenizer, "one two three four five six<eoa>", max_new_tokens=50)
+    settings["stopping_criteria"] = StoppingCriteriaList([stop_after_three])
+    response, _ = model.chat(tokenizer, "hi", **settings)
+    *_, (streamed, _) = model.stream_chat(tokenizer, "hi", **settings)
+    assert streamed == response == tokenizer.decode(words[:3])
+
+
+def test_a_tokenizer_without_eoa(model):
+    """Its id would be that of <unk>, which ends no reply."""
+    vocabulary = ["<unk>", "<s>", "</s>", "hello", "world", "odd"]
+    words = Tokenizer(WordLevel({word: index for index, word in enumerate(vocabulary)}, unk_token="<unk>"))
+    words.pre_tokenizer = WhitespaceSplit()
+    template = "{% for message in messages %}{{ message.content }} {% endfor %}"
+    other = PreTrainedTokenizerFast(
+        tokenizer_object=words, unk_token="<unk>", bos_token="<s>", eos_token="</s>", chat_template=template
+    )
+    forced = LogitsProcessorList([Forced(1, other.convert_tokens_to_ids(["hello", "strange", "world", "</s>"]))])
+    response, _ = model.chat(other, "odd", logits_processor=forced, do_sample=False, max_new_tokens=9)
+    assert response == "hello world"
 
 
 def test_history_is_not_changed(model, tokenizer):
@@ -196,7 +242,7 @@ def test_the_stream_ends_with_the_reply_of_chat_at_the_same_seed(model, tokenize
     torch.manual_seed(5)
     assert model.chat(tokenizer, query, max_new_tokens=60) == expected
     for (earlier, _), (later, history) in zip(pairs, pairs[1:], strict=False):
-        assert later.startswith(earlier)
+        assert later.startswith(earlier) and later != earlier
         assert history == [(query, later)]
 
 
@@ -215,6 +261,7 @@ def test_stream_is_lossless(model, tokenizer, text):
     """Characters of several byte tokens never appear as replacement characters."""
     shown = [response for response, _ in model.stream_chat(tokenizer, "hi", **forcing(tokenizer, text + "<eoa>"))]
     assert shown[-1] == text
+    assert len(set(shown)) == len(shown) and all(shown)  # nothing is shown before there is something, or twice
     assert not any("�" in response for response in shown)
 
 

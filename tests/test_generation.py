@@ -1,5 +1,7 @@
 """Every way to generate, on the tiny model: the tokens are those of plain greedy search."""
 
+import copy
+import logging
 import sys
 import warnings
 from threading import Thread
@@ -82,11 +84,13 @@ def test_ways_to_the_same_text(tiny_model, tiny_dir, tiny_tokenizer, long_prompt
         "static": {"cache_implementation": "static"},
         "chunked prefill": {"prefill_chunk_size": 7},
     }[way]
+    # Early exit changes the number of layers while it drafts, and does not change it back after an error.
+    model = copy.deepcopy(tiny_model) if way == "early exit" else tiny_model
     expected = greedy_ids(tiny_model, ids)
     if way == "chunked prefill" and beyond:  # beyond the window, chunks of the prompt have other bases than the whole
         ids, expected = ids[:, :200], greedy_ids(tiny_model, ids[:, :200], max_new_tokens=80)
         settings["max_new_tokens"] = 80
-    assert greedy_ids(tiny_model, ids, **settings) == expected
+    assert greedy_ids(model, ids, **settings) == expected
 
 
 def weaker_model(folder):
@@ -94,6 +98,12 @@ def weaker_model(folder):
     config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
     config.num_hidden_layers -= 1
     return AutoModelForCausalLM.from_pretrained(folder, config=config, trust_remote_code=True, dtype=torch.float32)
+
+
+def test_engines_may_bring_their_own_attention(modeling):
+    """What vLLM, SGLang and TGI ask of a model in transformers' format before they load it, and flash attention's."""
+    for kind in modeling.__all__:
+        assert getattr(modeling, kind).is_backend_compatible()
 
 
 @pytest.mark.parametrize("attention", ("eager", "sdpa"))
@@ -152,6 +162,18 @@ def test_cache_by_either_name(tiny_model, tiny_tokenizer, name):
         torch.testing.assert_close(torch.cat(logits, dim=1), tiny_model(ids).logits, atol=1e-4, rtol=1e-4)
         assert cache.get_seq_length() == ids.shape[1]
         assert tiny_model(ids, **{name: None}).cache.get_seq_length() == ids.shape[1]
+
+
+@pytest.mark.parametrize("checkpointing", (False, True))
+def test_a_model_in_training_fills_a_cache_unless_gradient_checkpointing(modeling, caplog, checkpointing):
+    """With it every layer runs twice, and would append twice: the cache that is passed stays empty, with a warning."""
+    causal_lm, cache = load(modeling, "tiny_20b_dynamic").train(), DynamicCache()
+    if checkpointing:
+        causal_lm.activation_checkpointing_enable()
+    logging.Logger.warning_once.cache_clear()  # another test may have triggered the warning
+    causal_lm(torch.arange(9)[None], cache=cache)
+    assert cache.get_seq_length() == (0 if checkpointing else 9)
+    assert ("the cache that was passed is not used" in caplog.text) == checkpointing
 
 
 def test_beam_search_is_the_same_with_and_without_a_cache(tiny_model, tiny_tokenizer):

@@ -2,7 +2,12 @@
 
 import pytest
 import torch
-from transformers import AutoModel, AutoModelForSequenceClassification
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
 
 from support.generation import PROMPTS
 
@@ -46,3 +51,18 @@ def test_sequence_classification(tiny_dir, tiny_tokenizer):
         optimizer.zero_grad()
         losses.append(loss.item())
     assert losses[-1] < 0.2 * losses[0]
+
+
+@pytest.mark.parametrize("dropout", (None, 0.0, 0.9))
+def test_token_classification_obeys_classifier_dropout(tiny_dir, tiny_tokenizer, dropout):
+    """In training only; published config.json files have no such field, which means none."""
+    config = AutoConfig.from_pretrained(tiny_dir, trust_remote_code=True, num_labels=3)
+    if dropout is not None:
+        config.classifier_dropout = dropout
+    model = AutoModelForTokenClassification.from_pretrained(
+        tiny_dir, config=config, trust_remote_code=True, dtype=torch.float32
+    )
+    inputs = tiny_tokenizer(PROMPTS[0], return_tensors="pt")
+    plain = model(**inputs).logits
+    assert plain.shape == (*inputs["input_ids"].shape, 3)
+    assert torch.equal(model.train()(**inputs).logits, plain) == (not dropout)

@@ -1,4 +1,4 @@
-"""The rules of CONTRIBUTING.md that can be counted: the line budgets of root modules, a row for every test file."""
+"""The rules of CONTRIBUTING.md that can be counted: line budgets, a row per test file, a target for every marker."""
 
 import ast
 import io
@@ -75,6 +75,14 @@ def test_contributing_has_a_row_for_every_test_file():
     """A new test file needs a behaviour that it tests, and a row where a contributor finds it."""
     files = {str(path.relative_to(ROOT)) for path in ROOT.glob("tests/**/test_*.py")}
     assert files == set(re.findall(r"`(tests/[\w/]*test_\w+\.py)`", CONTRIBUTING))
+
+
+def test_every_marker_is_selected_by_a_target_and_has_tests():
+    """A test that no target selects runs nowhere."""
+    markers = set(re.findall(r'^    "(\w+): ', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE))
+    selected = re.findall(r"pytest .*-m (\w+)", (ROOT / "Makefile").read_text(encoding="utf-8"))
+    tests = "".join(path.read_text(encoding="utf-8") for path in ROOT.glob("tests/**/test_*.py"))
+    assert markers == set(selected) == markers & set(re.findall(r"pytest\.mark\.(\w+)", tests))
 
 
 # What CONTRIBUTING's rule on names replaces: not the field's word -> the field's word.

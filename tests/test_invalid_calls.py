@@ -14,7 +14,7 @@ from transformers import DynamicCache, StaticCache
 ATTENTION = pytest.mark.parametrize("attention", ["sdpa", "eager"])
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def model(tiny_model):
     return copy.deepcopy(tiny_model)  # tests change its attention implementation
 
@@ -79,6 +79,31 @@ def test_a_mask_of_the_wrong_shape_is_refused(shape, model, ids):
     assert ids.shape[1] == 11
     with pytest.raises(ValueError, match=r"attention_mask has shape.*for 1 rows: it must have shape \(rows, all"):
         logits(model, ids, attention_mask=torch.ones(shape, dtype=torch.long))
+
+
+@ATTENTION
+def test_one_row_of_positions_or_mask_serves_a_whole_batch(attention, model, ids):
+    """As most code passes positions, and a prepared mask of 4 dimensions."""
+    model.set_attn_implementation(attention)
+    rows, length = torch.cat((ids, ids.flip(1))), ids.shape[1]
+    causal = torch.ones(length, length, dtype=torch.bool).tril()
+    causal[3:, 0] = False  # otherwise a mask that is dropped would not be noticed
+    for name, one_row in (("position_ids", torch.arange(length)[None] * 2), ("attention_mask", causal[None, None])):
+        together = logits(model, rows, **{name: one_row})
+        for row in range(2):
+            torch.testing.assert_close(
+                together[row : row + 1], logits(model, rows[row : row + 1], **{name: one_row}), atol=1e-4, rtol=0
+            )
+        assert not torch.allclose(together, logits(model, rows), atol=0.1)
+
+
+def test_either_ids_or_embeddings(model, ids):
+    """Both would leave open which are meant, and neither is no input."""
+    embeds = model.get_input_embeddings()(ids)
+    for inputs in ({}, {"input_ids": ids, "inputs_embeds": embeds}):
+        for call in (model, model.model):
+            with pytest.raises(ValueError, match=r"^Pass exactly one of input_ids and inputs_embeds\.$"):
+                call(**inputs)
 
 
 @pytest.mark.parametrize("shape", [(11,), (1, 1), (1, 10), (1, 12), (2, 11)], ids=str)
@@ -191,6 +216,17 @@ def test_a_cache_that_does_not_fit_is_refused(name, model, ids):
     assert "\n" not in str(caught.value)
 
 
+def test_out_of_memory_in_a_cache_stays_out_of_memory(model, ids):
+    """It is not a cache that does not fit: frameworks catch torch's own class and try a smaller batch."""
+
+    class Full(DynamicCache):
+        def update(self, *args, **kwargs):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    with pytest.raises(torch.OutOfMemoryError, match="^CUDA out of memory"):
+        logits(model, ids, past_key_values=Full())
+
+
 def test_a_cache_longer_than_the_prompt_is_refused(model, ids):
     with pytest.raises(ValueError, match="no tokens, or none beyond those in the cache"):
         greedy(model, ids[:, :3], past_key_values=filled(model, ids))
@@ -261,6 +297,18 @@ def official_attention(query, key, value, mask) -> torch.Tensor:
     scores = torch.max(scores + mask, torch.tensor(torch.finfo(scores.dtype).min))
     weights = torch.nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
     return torch.matmul(weights, value)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_norm_in_float32_rounds_nothing_to_half_precision(dtype, modeling):
+    """Quantised models keep the norms in float32: mean square, product and result are float32's, as the official."""
+    norm = modeling.InternLMRMSNorm(128, 1e-6)
+    generator = torch.Generator().manual_seed(0)
+    torch.nn.init.normal_(norm.weight, generator=generator)
+    states = torch.randn(4, 128, generator=generator).to(dtype)
+    with torch.no_grad():
+        found = norm(states)
+    torch.testing.assert_close(found, official_norm(states, norm.weight, 1e-6).detach(), atol=1e-5, rtol=0)
 
 
 def test_the_norm_is_finite_at_the_half_precision_maximum(modeling):

@@ -5,7 +5,11 @@ import copy
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
+from transformers.masking_utils import flash_attention_mask
+
+from benchmarks.counts import count_operators
+from benchmarks.models import Shape, our_model
 
 from support.generation import greedy_rows, pad_left
 from support.golden import assert_near, forced_decode, load, new_cache, one_layer, with_fixed_base
@@ -34,9 +38,19 @@ def test_worked_numbers(rotary, configuration):
     assert rotary.ntk_log_ratio(config, lengths)[:2].abs().max() == 0
 
 
+@pytest.fixture
+def default_dtype(request):
+    """torch's default dtype, which many scripts change, is the parameter."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(request.param)
+    yield request.param
+    torch.set_default_dtype(before)
+
+
 @pytest.mark.parametrize("key_source", ("engine", "forward", "cache"))
 @pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16, torch.float32))
-def test_angles_are_float32_under_any_dtype_and_autocast(rotary, model, dtype, key_source):
+@pytest.mark.parametrize("default_dtype", (torch.bfloat16, torch.float32), ids=str, indirect=True)
+def test_angles_are_float32_under_any_dtype_and_autocast(rotary, model, default_dtype, dtype, key_source):
     """Half precision would distinguish only 797 of 5000 positions: every table is exact up to rounding."""
     config, length = model.config, 16000
     positions, exponents = torch.arange(length), torch.arange(0, config.head_dim, 2).double() / config.head_dim
@@ -94,18 +108,94 @@ def test_chunked_prefill(model, ids, cache):
         assert_near(out[-1], model(ids[:1, :length]).logits[0, -1])
 
 
+@pytest.mark.parametrize("new", (20, 32, 33))
 @torch.no_grad()
-def test_few_tokens_at_once_equal_one_by_one(model, ids):
-    """Up to 32 tokens at once use their own lengths, in padded rows too, exactly as in separate decode steps."""
+def test_few_tokens_at_once_equal_one_by_one(model, ids, new):
+    """Up to 32 tokens at once use their own lengths, in padded rows too, exactly as in separate decode steps.
+
+    More share the length at their end.
+    """
     padded, mask = pad_left([ids[0, :120], ids[1, :90], ids[2, :70]], 120)
     together, apart = new_cache("dynamic", model), new_cache("dynamic", model)
     for past in (together, apart):
         model(padded[:, :80], attention_mask=mask[:, :80], cache=past)
-    logits = model(padded[:, 80:100], attention_mask=mask[:, :100], cache=together).logits
-    for step in range(80, 100):
+    logits = model(padded[:, 80 : 80 + new], attention_mask=mask[:, : 80 + new], cache=together).logits
+    for step in range(80, 80 + new):
         single = model(padded[:, step : step + 1], attention_mask=mask[:, : step + 1], cache=apart).logits
         seen = mask[:, step].bool()
-        assert_near(logits[seen, step - 80], single[seen, 0])
+        if new <= 32:
+            assert_near(logits[seen, step - 80], single[seen, 0])
+        elif step == 80:
+            assert (logits[0, 0] - single[0, 0]).abs().max() > 0.02
+
+
+@torch.no_grad()
+def test_attentions_of_few_tokens_are_those_of_each(modeling, ids):
+    """With output_attentions, beyond the window: a row of probabilities for every new token, as in single steps."""
+    model = load(modeling, "tiny_20b_dynamic", attn_implementation="eager")
+    together, apart = new_cache("dynamic", model), new_cache("dynamic", model)
+    for past in (together, apart):
+        model(ids[:2, :80], cache=past)
+    found = model(ids[:2, 80:85], cache=together, output_attentions=True).attentions
+    steps = [model(ids[:2, step : step + 1], cache=apart, output_attentions=True).attentions for step in range(80, 85)]
+    for layer, weights in enumerate(found):
+        assert weights.shape == (2, model.config.num_attention_heads, 5, 85)
+        for new, step in enumerate(steps):
+            assert_near(weights[:, :, new, : 81 + new], step[layer][:, :, 0])
+
+
+@torch.no_grad()
+def test_an_attention_function_of_the_user_is_used_for_every_step(model, ids, monkeypatch):
+    """Beyond the window too, for one token and for few; one that takes a mask (B, K), as flash attention, gets it."""
+
+    def attention(module, query, key, value, attention_mask, scaling, **kwargs):
+        calls.append((query.shape[2], None if attention_mask is None else tuple(attention_mask.shape)))
+        mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool).tril(key.shape[2] - query.shape[2])
+        if attention_mask is not None:
+            mask = mask & attention_mask.bool()[:, None, None]
+        output = torch.nn.functional.scaled_dot_product_attention(query, key, value, mask, scale=scaling)
+        return output.transpose(1, 2), None
+
+    calls = []
+    # What `register` of the two does, and undone after the test.
+    monkeypatch.setitem(AttentionInterface._global_mapping, "the user's", attention)
+    monkeypatch.setitem(AttentionMaskInterface._global_mapping, "the user's", flash_attention_mask)
+    # One layer, whose keys depend on no length: without a mask (B, 1, Q, K), few tokens share that of the last.
+    ours, theirs, (tokens, mask) = one_layer(model), one_layer(model), pad_left([ids[0, :90], ids[1, :70]], 90)
+    theirs.set_attn_implementation("the user's")
+    caches = [new_cache("dynamic", ours) for _ in range(2)]
+    for start, end in ((0, 80), (80, 81), (81, 86)):
+        new = {"input_ids": tokens[:, start:end], "attention_mask": mask[:, :end]}
+        found, expected = (each(**new, cache=cache).logits for each, cache in zip((theirs, ours), caches, strict=True))
+        assert_near(found[:, -1], expected[:, -1])
+    assert calls == [(80, (2, 80)), (1, (2, 81)), (5, (2, 86))]
+
+
+@torch.no_grad()
+def test_flex_attention(modeling, model, ids):
+    """Across the window: a prompt, a token and a few, padded rows too. Uncompiled: compiling takes a minute."""
+    flex = one_layer(load(modeling, "tiny_20b_dynamic", attn_implementation="flex_attention"))
+    ours, (tokens, mask) = one_layer(model), pad_left([ids[0, :90], ids[1, :70]], 90)
+    caches = [new_cache("dynamic", ours) for _ in range(2)]
+    with torch.compiler.set_stance("force_eager"):
+        for start, end in ((0, 60), (60, 80), (80, 81), (81, 86)):
+            new = {"input_ids": tokens[:, start:end], "attention_mask": mask[:, :end]}
+            found, expected = (
+                each(**new, cache=cache).logits for each, cache in zip((flex, ours), caches, strict=True)
+            )
+            assert_near(found[:, -1], expected[:, -1])
+
+
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16, torch.float32))
+@torch.no_grad()
+def test_a_step_in_float16_leaves_the_scores_to_the_attention_function(model, ids, dtype):
+    """Beyond the window: it can scale before it multiplies, where a product of two elements alone can overflow."""
+    here = copy.deepcopy(model).to(dtype)
+    past = new_cache("dynamic", here)
+    here(ids[:1, :80], cache=past)
+    operators = count_operators(lambda: here(ids[:1, 80:81], cache=past))
+    expected = model.config.num_hidden_layers if dtype == torch.float16 else 0
+    assert operators.get("aten::scaled_dot_product_attention", 0) == expected
 
 
 @torch.no_grad()
@@ -132,6 +222,32 @@ def test_packed_sequences_equal_each_alone(model, ids):
     logits = model(packed, position_ids=positions, use_cache=False).logits[0].split(lengths)
     for row, length in enumerate(lengths):
         assert_near(logits[row], model(ids[row : row + 1, :length]).logits[0])
+
+
+@torch.no_grad()
+def test_packed_sequences_may_start_anywhere(model, ids):
+    """A gap in position_ids begins a sequence as a restart does: its length does not count for the one before."""
+    lengths, starts = (30, 70), (0, 50)
+    packed = torch.cat([ids[row, :length] for row, length in enumerate(lengths)])[None]
+    positions = [torch.arange(length)[None] + start for length, start in zip(lengths, starts, strict=True)]
+    found = model(packed, position_ids=torch.cat(positions, dim=1), use_cache=False).logits[0].split(lengths)
+    for row, (length, position_ids) in enumerate(zip(lengths, positions, strict=True)):
+        alone = model(ids[row : row + 1, :length], position_ids=position_ids, use_cache=False).logits[0]
+        assert_near(found[row], alone)
+
+
+@torch.no_grad()
+def test_a_head_of_two_elements_has_no_dynamic_ntk():
+    """Its one pair is never interpolated, whatever the length: the exponent 2i / (d - 2) is 0, not 0 / 0."""
+    ids = torch.arange(40)[None]
+    logits = []
+    for rotary in ("dynamic", "origin"):
+        model = our_model(
+            Shape(hidden=8, layers=1, heads=4, intermediate=16, vocab=64, window=16), torch.float32, rotary=rotary
+        )
+        logits.append(model(ids).logits)
+    assert logits[0].isfinite().all()
+    assert_near(*logits, atol=1e-6)
 
 
 @pytest.mark.parametrize("cache", ("dynamic", "static"))

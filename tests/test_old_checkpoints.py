@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModel, AutoModelForCausalLM, logging
+from transformers import AutoModel, AutoModelForCausalLM
 
 from support.checkpoints import (
     SEVEN,
@@ -105,7 +105,6 @@ def test_stored_inv_freq_is_ignored_silently(tmp_path, capfd, caplog):
     def output() -> str:
         return "".join(capfd.readouterr()) + caplog.text
 
-    logging.set_verbosity_warning()  # tools/convert_checkpoint.py, which other tests run in this process, lowers it
     load(old_folder(tmp_path / "old", SEVEN))
     assert "inv_freq" not in (printed := output()) and "UNEXPECTED" not in printed and "not used" not in printed
     # The same capture shows tensors that are really unexpected.

@@ -35,6 +35,26 @@ def test_offload_to_cpu_and_disk(tiny_dir, tiny_model, tiny_tokenizer, tmp_path)
         assert greedy_text(model, tiny_tokenizer, prompt) == greedy_text(tiny_model, tiny_tokenizer, prompt)
 
 
+def test_a_device_map_never_splits_a_layer(tiny_dir, tiny_model, tiny_tokenizer, tmp_path):
+    """device_map="auto" with memory for the embeddings and a layer and a half: the second layer is on disk as a whole.
+
+    A layer's residual connections add its input to its output, which would be on two devices.
+    """
+    layer = sum(weight.nbytes for weight in tiny_model.model.layers[0].parameters())
+    memory = tiny_model.model.embed_tokens.weight.nbytes + layer  # and one more is held back for offloaded layers
+    model = AutoModelForCausalLM.from_pretrained(
+        tiny_dir,
+        trust_remote_code=True,
+        dtype=torch.float32,
+        device_map="auto",
+        max_memory={"cpu": memory + layer + layer // 2},
+        offload_folder=tmp_path,
+    )
+    layers = {name: device for name, device in model.hf_device_map.items() if name.startswith("model.layers")}
+    assert layers == {f"model.layers.{index}": "cpu" if index == 0 else "disk" for index in range(4)}
+    assert greedy_text(model, tiny_tokenizer, PROMPTS[0]) == greedy_text(tiny_model, tiny_tokenizer, PROMPTS[0])
+
+
 def test_saved_copy_in_a_fresh_process(tiny_dir, tmp_path):
     """save_pretrained copies the code; the copy generates without the original folder or its module cache."""
     source, copy = tmp_path / "source", tmp_path / "a.b-c 模型 7B"

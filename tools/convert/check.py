@@ -1,11 +1,13 @@
 """The check after a conversion: the result is read back, and its logits are compared where memory allows."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from transformers.utils import logging
 
 from tools import package
 from tools.convert.checkpoint import safetensors_tensors
@@ -62,6 +64,20 @@ def _logits(load: Loader, dtype: torch.dtype) -> torch.Tensor:
         return model(input_ids=ids, use_cache=False).logits.float()
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' messages and progress bars, which are set for the whole process, and set back after it."""
+    verbosity, has_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if has_bars:
+            logging.enable_progress_bar()
+
+
 def check_logits(loaders: list[Loader], folder: Path) -> str:
     """Run a short prompt through each model, one after the other, and compare. Returns one line with the result.
 
@@ -76,9 +92,8 @@ def check_logits(loaders: list[Loader], folder: Path) -> str:
     if available is None or available < needed:
         free = "an unknown amount is" if available is None else f"{available / 1e9:.1f} GB are"
         return f"logits not compared: a model needs about {needed / 1e9:.1f} GB of memory, and {free} available"
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    results = [_logits(load, dtype) for load in loaders]
+    with _quiet():
+        results = [_logits(load, dtype) for load in loaders]
     if not all(result.isfinite().all() for result in results):
         raise ConversionError("The converted model gives NaN or infinite logits: the source is damaged.")
     if len(results) == 1:
