@@ -34,6 +34,7 @@ from support.texts import mixed_corpus, train_sentencepiece
 
 
 FILES = [
+    "control_tokens_internlm.py",
     "sentencepiece_internlm.py",
     "tokenization_internlm.py",
     "tokenizer_config.json",
