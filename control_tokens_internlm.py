@@ -49,12 +49,16 @@ class ChatGuard:
         for text, written in zip(texts, self._find_written(texts, _ROLE_HEADERS), strict=True):
             for start, header in _find_others(text, _ROLE_HEADERS, written).items():
                 raise ValueError(
-                    f"{header!r} at character {start} of the rendered conversation does not come from the chat "
-                    "template and starts a turn: remove it from the message."
+                    f"{header!r} at character {start} of the rendered conversation starts a turn and is not the chat "
+                    "template's: remove it from the messages, tools or documents."
                 )
 
-    def hide_others(self, texts: list[str], tokens: tuple[str, ...]) -> tuple[list[str], dict[str, str]]:
-        """Replace the first character of each of the `tokens` in the texts that the template did not write.
+    def hide_others(self, texts: list[str], controls: tuple[str, ...], added: str) -> tuple[list[str], dict[str, str]]:
+        """Replace the first character of each control token in the texts that the template did not write.
+
+        Args:
+            controls: the control tokens.
+            added: the text of all added tokens, whose characters are not used as replacements.
 
         Returns:
             The texts, as long as before, and the replacements: character -> one that occurs in none of the texts.
@@ -63,26 +67,26 @@ class ChatGuard:
             ValueError: template and message write a token together, the template renders differently every time, or
                 the texts leave no character to replace by.
         """
-        written = self._find_written(texts, tokens)
-        others = [_find_others(text, tokens, spans) for text, spans in zip(texts, written, strict=True)]
+        written = self._find_written(texts, controls)
+        others = [_find_others(text, controls, spans) for text, spans in zip(texts, written, strict=True)]
         firsts = sorted({token[0] for found in others for token in found.values()})
         begun = self._find_written(texts, tuple(first for first in firsts if not first.isalnum()))
         for text, spans, found, own in zip(texts, written, others, begun, strict=True):
             mixed = [found[start] for start in found if start in own]
-            longest = {start: _pattern(tokens).match(text, start) for start in spans}
+            longest = {start: _pattern(controls).match(text, start) for start in spans}
             mixed += [match[0] for start, match in longest.items() if match and match.end() > spans[start]]
             if mixed:
                 raise ValueError(
-                    f"The chat template writes only the beginning of {mixed[0]!r}, which a message completes to a "
-                    "control token: write it in full in the template, or remove the rest of it from the message."
+                    f"The chat template writes only the beginning of the control token {mixed[0]!r}, and a message "
+                    "the rest: write the token in full in the template, or change the message."
                 )
-        used = set().union(*texts) if firsts else set()
+        used = set(added).union(*texts) if firsts else set()
         free = (chr(code) for code in range(0xFDD0, 0x110000) if chr(code) not in used)
         marks = dict(zip(firsts, free, strict=False))
         if len(marks) < len(firsts):
             raise ValueError(
-                "The conversation contains every character from U+FDD0 on, and one that it does not contain is needed "
-                f"to hide {next(filter(None, others))!r} from the encoder: shorten the messages."
+                f"The messages contain control tokens that begin with {firsts!r}, and every character from U+FDD0 to "
+                "U+10FFFF, so that none is left to hide those tokens from the encoder: shorten the messages."
             )
         return [_replace(text, found, marks) for text, found in zip(texts, others, strict=True)], marks
 
@@ -105,8 +109,9 @@ class ChatGuard:
             spans = self._find_marked(texts, strings, plain)
         if spans is None:
             raise ValueError(
-                "The chat template renders differently every time, so that its control tokens cannot be told from those "
-                "in messages: it must not print the time or random choices, and messages must not contain iterators."
+                "The chat template renders the same conversation differently every time, so that its control tokens "
+                "cannot be told from those in messages: it must not use the time of day, random choices or objects "
+                "that change when they are read."
             )
         return spans
 

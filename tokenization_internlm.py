@@ -387,13 +387,18 @@ class InternLMTokenizer(PreTrainedTokenizerFast):
 
         trusted = {*self.SPECIAL_TOKENS_ATTRIBUTES, *self.special_tokens_map} & kwargs.keys()
         guard = ChatGuard(template, self.special_tokens_map | {key: kwargs[key] for key in trusted}, render)
-        tokens = self._control_tokens(template, sanitize_control_tokens)
+        added = list(self._tokenizer.get_added_tokens_decoder().values())
+        controls = self._control_tokens(added, template if sanitize_control_tokens else None)
 
         def protect(rendered: list[str]) -> tuple[list[str], Tokenizer]:
             if role_headers != "keep":
                 guard.refuse_role_headers(rendered)
-            hidden, marks = guard.hide_others(rendered, tokens) if tokenize else (rendered, {})
-            return hidden, self._hiding_backend(marks, tokens) if marks else self._tokenizer
+            if not tokenize:
+                return rendered, self._tokenizer
+            hidden, marks = guard.hide_others(rendered, controls, "".join(token.content for token in added))
+            # The normalizer can make more texts equal to a control token than the guard looks for.
+            plain = not marks and not any(token.normalized and token.content in controls for token in added)
+            return hidden, self._tokenizer if plain else self._hiding_backend(marks, controls)
 
         copied = object.__new__(type(self))
         copied.__dict__.update(self.__dict__, _protect=protect)
@@ -436,22 +441,18 @@ class InternLMTokenizer(PreTrainedTokenizerFast):
         message = {"role": "assistant", "content": reply if first is None else reply[:first]}
         return {**message, "tool_calls": calls} if calls else message
 
-    def _control_tokens(self, template: str, sanitize: bool) -> tuple[str, ...]:
-        """The tokens that a chat template can write and its inputs cannot."""
-        tokens = self.all_special_tokens
-        if sanitize:
+    def _control_tokens(self, added: list[AddedToken], template: str | None) -> tuple[str, ...]:
+        """The added tokens that only a chat template may write; with a template, also those that are not special."""
+        controls = {*super().all_special_tokens, *(token.content for token in added if token.special)}
+        if template is not None:
             listed = getattr(self, "chat_control_tokens", None)  # from transformers 5.23
-            added = [token.content for token in self._tokenizer.get_added_tokens_decoder().values()]
-            tokens += [
-                token
-                for token in added
-                if (token in listed if listed is not None else token.strip() and token in template)
-            ]
-        return tuple(dict.fromkeys(tokens))
+            inferred = (token.content for token in added if token.content.strip() and token.content in template)
+            controls.update(inferred if listed is None else listed)
+        return tuple(token.content for token in added if token.content in controls)
 
-    def _hiding_backend(self, marks: dict[str, str], tokens: tuple[str, ...]) -> Tokenizer:
+    def _hiding_backend(self, marks: dict[str, str], controls: tuple[str, ...]) -> Tokenizer:
         known, backend = self._chat_backend or (None, None)
-        if backend is None or known != (marks, tokens):
-            backend = build_hiding_backend(self._tokenizer, marks, tokens)
-            self._chat_backend = (marks, tokens), backend
+        if backend is None or known != (marks, controls):
+            backend = build_hiding_backend(self._tokenizer, marks, controls)
+            self._chat_backend = (marks, controls), backend
         return backend
