@@ -13,7 +13,7 @@ text without the marks. Where it is not, because the template compares a text wi
 
 import re
 import secrets
-from collections.abc import Callable, Iterator, Mapping, MappingView, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, ValuesView
 from dataclasses import dataclass, fields, is_dataclass
 from functools import lru_cache, partial
 from itertools import accumulate, count
@@ -49,8 +49,8 @@ class ChatGuard:
         for text, written in zip(texts, self._find_written(texts, _ROLE_HEADERS), strict=True):
             for start, header in _find_others(text, _ROLE_HEADERS, written).items():
                 raise ValueError(
-                    f"{header!r} at character {start} of the rendered conversation starts a turn and is not the chat "
-                    "template's: remove it from the messages, tools or documents."
+                    f"{header!r} at character {start} of the rendered conversation starts a turn that is not the "
+                    "template's: remove it."
                 )
 
     def hide_others(self, texts: list[str], controls: tuple[str, ...], added: str) -> tuple[list[str], dict[str, str]]:
@@ -151,9 +151,10 @@ def _find_others(text: str, strings: tuple[str, ...], spans: Spans) -> dict[int,
     """Start and string of each occurrence in the text, overlapping ones included, except in the spans."""
     others, position = {}, 0
     while found := _pattern(strings).search(text, position):
-        if found.start() not in spans:
-            others[found.start()] = found[0]
-        position = spans.get(found.start(), found.start() + 1)
+        start = found.start()
+        if start not in spans:
+            others[start] = found[0]
+        position = spans[start] if start in spans else start + 1
     return others
 
 
@@ -178,7 +179,7 @@ def build_hiding_backend(backend: Tokenizer, marks: dict[str, str], tokens: tupl
 
 def read_iterators(value: Any) -> Any:
     """Replace iterators in conversations, tools or variables by lists: a template is rendered more than once."""
-    if isinstance(value, Iterator):
+    if isinstance(value, Iterator | ValuesView):
         value = list(value)
     if type(value) in (list, tuple):
         return type(value)(map(read_iterators, value))
@@ -198,8 +199,8 @@ def map_strings(value: Any, change: Callable[[str], str]) -> Any:
         return change(value)
     if isinstance(value, Mapping):
         return {map_strings(key, change): map_strings(item, change) for key, item in value.items()}
-    if isinstance(value, Sequence | MappingView) and not isinstance(value, bytes | bytearray):
-        return [map_strings(item, change) for item in value]
+    if isinstance(value, Sequence):
+        return value if isinstance(value, bytes | bytearray) else [map_strings(item, change) for item in value]
     if hasattr(value, "messages"):  # transformers' Chat
         return map_strings(value.messages, change)
     if callable(getattr(value, "model_dump", None)):  # pydantic

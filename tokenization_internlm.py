@@ -5,7 +5,8 @@ SentencePiece and nothing more, except:
   the official tokenizer; with `split_special_tokens=True` they are encoded as plain text.
 * NUL is encoded as the model's own piece for it (354), as in 2023; sentencepiece 0.2 encodes it as byte 0.
 * Special tokens decode to their names, or to nothing with `skip_special_tokens=True`.
-* `apply_chat_template` never turns text from a message, tool or document into a control token.
+* `apply_chat_template` never turns text from a message, tool or document into a control token
+  (control_tokens_internlm.py).
 
 sentencepiece_internlm.py reads `tokenizer.model`; neither protobuf nor sentencepiece is needed.
 """
@@ -387,18 +388,11 @@ class InternLMTokenizer(PreTrainedTokenizerFast):
 
         trusted = {*self.SPECIAL_TOKENS_ATTRIBUTES, *self.special_tokens_map} & kwargs.keys()
         guard = ChatGuard(template, self.special_tokens_map | {key: kwargs[key] for key in trusted}, render)
-        added = list(self._tokenizer.get_added_tokens_decoder().values())
-        controls = self._control_tokens(added, template if sanitize_control_tokens else None)
 
-        def protect(rendered: list[str]) -> tuple[list[str], Tokenizer]:
+        def protect(rendered: list[str]) -> tuple[list[str], Any]:
             if role_headers != "keep":
                 guard.refuse_role_headers(rendered)
-            if not tokenize:
-                return rendered, self._tokenizer
-            hidden, marks = guard.hide_others(rendered, controls, "".join(token.content for token in added))
-            # The normalizer can make more texts equal to a control token than the guard looks for.
-            plain = not marks and not any(token.normalized and token.content in controls for token in added)
-            return hidden, self._tokenizer if plain else self._hiding_backend(marks, controls)
+            return self._hide_controls(guard, rendered, sanitize_control_tokens) if tokenize else (rendered, None)
 
         copied = object.__new__(type(self))
         copied.__dict__.update(self.__dict__, _protect=protect)
@@ -441,18 +435,22 @@ class InternLMTokenizer(PreTrainedTokenizerFast):
         message = {"role": "assistant", "content": reply if first is None else reply[:first]}
         return {**message, "tool_calls": calls} if calls else message
 
-    def _control_tokens(self, added: list[AddedToken], template: str | None) -> tuple[str, ...]:
-        """The added tokens that only a chat template may write; with a template, also those that are not special."""
-        controls = {*super().all_special_tokens, *(token.content for token in added if token.special)}
-        if template is not None:
+    def _hide_controls(self, guard: ChatGuard, texts: list[str], sanitize: bool) -> tuple[list[str], Any]:
+        """The texts, and the backend that finds no control tokens in them except those that the template wrote."""
+        added = list(self._tokenizer.get_added_tokens_decoder().values())
+        names = {*super().all_special_tokens, *(token.content for token in added if token.special)}
+        if sanitize:
             listed = getattr(self, "chat_control_tokens", None)  # from transformers 5.23
-            inferred = (token.content for token in added if token.content.strip() and token.content in template)
-            controls.update(inferred if listed is None else listed)
-        return tuple(token.content for token in added if token.content in controls)
-
-    def _hiding_backend(self, marks: dict[str, str], controls: tuple[str, ...]) -> Tokenizer:
+            inferred = (token.content for token in added if token.content.strip() and token.content in guard.template)
+            names.update(inferred if listed is None else listed)
+        controls = tuple(token.content for token in added if token.content in names)
+        hidden, marks = guard.hide_others(texts, controls, "".join(token.content for token in added))
+        # If a control token is found in normalized text, that can be a text which the guard does not look for.
+        if not marks and not any(token.normalized and token.content in names for token in added):
+            return hidden, self._tokenizer
         known, backend = self._chat_backend or (None, None)
-        if backend is None or known != (marks, controls):
-            backend = build_hiding_backend(self._tokenizer, marks, controls)
+        if known != (marks, controls):
+            original: Any = self._tokenizer
+            backend = build_hiding_backend(original, marks, controls)
             self._chat_backend = (marks, controls), backend
-        return backend
+        return hidden, backend
