@@ -556,9 +556,11 @@ def test_added_tokens_after_a_chat(base):
         tok.add_tokens([token], special_tokens=True)
     for content in ("<eoa>", "<two>[three]"):
         assert controls(tok, ids_of(tok, [user(content)], chat_template=template)) == ["<one>", "<two>"]
+    before = ids_of(tok, [user("<eoa> four")], chat_template=template)
     tok.add_tokens(["four"])
     ids = ids_of(tok, [user("<eoa> four")], chat_template=template)
-    assert tok.convert_tokens_to_ids("four") in ids and controls(tok, ids) == ["<one>", "<two>"]
+    assert tok.convert_tokens_to_ids("four") in ids and ids != before
+    assert controls(tok, ids) == controls(tok, before) == ["<one>", "<two>"]
 
 
 # --- which tokens are control tokens --------------------------------------------------------------------------------
