@@ -5,26 +5,26 @@ SentencePiece and nothing more, except:
   the official tokenizer; with `split_special_tokens=True` they are encoded as plain text.
 * NUL is encoded as the model's own piece for it (354), as in 2023; sentencepiece 0.2 encodes it as byte 0.
 * Special tokens decode to their names, or to nothing with `skip_special_tokens=True`.
-* `apply_chat_template` never turns text from a message, tool or document into a control token.
+* `apply_chat_template` never turns text from a message, tool or document into a control token
+  (control_tokens_internlm.py).
 
 sentencepiece_internlm.py reads `tokenizer.model`; neither protobuf nor sentencepiece is needed.
 tool_calls_internlm.py parses replies with tool calls.
 """
 
-import copy
+import functools
 import json
 import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import fields, is_dataclass
 from itertools import groupby
 from typing import Any
 
 import transformers
 from tokenizers import AddedToken, Tokenizer, decoders, normalizers, processors
 from tokenizers.models import BPE
-from transformers import PreTrainedTokenizerFast
+from transformers import BatchEncoding, PreTrainedTokenizerFast
 
 
 # As in configuration_internlm.py, which the tokenizer does not import; before the imports that old versions lack.
@@ -34,15 +34,14 @@ if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < (4, 57
         'pip install -U "transformers>=4.57".'
     )
 
-from transformers.utils.chat_template_utils import get_json_schema
 from transformers.utils.generic import to_py_obj
 
+from .control_tokens_internlm import ChatGuard, break_role_headers, build_hiding_backend, read_iterators
 from .sentencepiece_internlm import CONTROL, NORMAL, UNKNOWN, USER_DEFINED, read_model
 from .tool_calls_internlm import parse_tool_calls
 
 
 _SPACE = "\u2581"  # how SentencePiece writes a space inside a piece
-_ROLE_HEADER = re.compile(r"<\|(User|Bot|System)\|>")
 _CLEANED = (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're")  # transformers' clean-up list
 
 
@@ -103,41 +102,6 @@ def _join(pieces: Iterable[bytes]) -> str:
         return re.sub("[\udc80-\udcff]", "\ufffd", data.decode(errors="surrogateescape"))
 
 
-def _map_strings(value: Any, change: Callable[[str], str]) -> Any:
-    """Copy messages, tools or template variables, applying `change` to every string in them, keys included."""
-    if isinstance(value, str):
-        return change(value)
-    if isinstance(value, Mapping):
-        return {_map_strings(key, change): _map_strings(item, change) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_map_strings(item, change) for item in value]
-    if hasattr(value, "messages"):  # transformers' Chat and Conversation
-        return _map_strings(value.messages, change)
-    if callable(getattr(value, "model_dump", None)):  # pydantic
-        return _map_strings(value.model_dump(), change)
-    if is_dataclass(value) and not isinstance(value, type):
-        return {field.name: _map_strings(getattr(value, field.name), change) for field in fields(value)}
-    return value
-
-
-def _join_parts(value: Any) -> Any:
-    """Merge the text parts of each content: a role header could otherwise be split between two of them."""
-    if isinstance(value, list):
-        texts: list[Any] = [part.get("text") if isinstance(part, dict) else None for part in value]
-        if texts and all(isinstance(text, str) for text in texts):
-            return [{"type": "text", "text": "".join(texts)}]
-        return [_join_parts(item) for item in value]
-    return {key: _join_parts(item) for key, item in value.items()} if isinstance(value, dict) else value
-
-
-def _guard_role_headers(text: str, how: str) -> str:
-    if how not in ("break", "refuse"):
-        raise ValueError(f'role_headers={how!r} is not allowed: it must be "keep", "break" or "refuse".')
-    if how == "refuse" and (found := _ROLE_HEADER.search(text)):
-        raise ValueError(f"{found.group()!r} at character {found.start()} of a message starts a turn: remove it.")
-    return _ROLE_HEADER.sub(r"<| \1 |>", text)
-
-
 class InternLMTokenizer(PreTrainedTokenizerFast):
     """Tokenizer of InternLM v1, fast, with offsets; the same class for use_fast=True and use_fast=False.
 
@@ -159,11 +123,12 @@ class InternLMTokenizer(PreTrainedTokenizerFast):
     model_input_names = ["input_ids", "attention_mask"]
     padding_side = "left"
     slow_tokenizer_class = None
+    _protect: Callable[[list[str]], tuple[list[str], Tokenizer]] | None = None  # of apply_chat_template() on a copy
     _ready = False
     # What is built on first use is outside __dict__, which pickle saves and whose hash names a cache of datasets.
     __slots__ = ("_pieces", "_chat_backend")
     _pieces: tuple[dict[int, bytes], frozenset[int]] | None  # built by the first decode()
-    _chat_backend: tuple[dict[str, str], Tokenizer] | None  # built by apply_chat_template()
+    _chat_backend: tuple[Any, Tokenizer] | None  # built by apply_chat_template()
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         tokenizer = super().__new__(cls)  # copies, too, are made without __init__
@@ -273,6 +238,13 @@ class InternLMTokenizer(PreTrainedTokenizerFast):
         """Every control token: unk, bos, eos, pad and all others that the model or the user marked as special."""
         added = self._tokenizer.get_added_tokens_decoder().values()
         return list(dict.fromkeys([*super().all_special_tokens, *(token.content for token in added if token.special)]))
+
+    @functools.wraps(PreTrainedTokenizerFast.__call__)
+    def __call__(self, text: Any = None, *args: Any, **kwargs: Any) -> BatchEncoding:
+        if self._protect is not None:  # called by the library's apply_chat_template with the rendered text
+            texts, self.__dict__["_tokenizer"] = self._protect([text] if isinstance(text, str) else text)
+            text = texts[0] if isinstance(text, str) else texts
+        return super().__call__(text, *args, **kwargs)
 
     def encode(self, text: Any, *args: Any, **kwargs: Any) -> Any:
         """Encode a text as in transformers, but faster: offsets are not computed."""
@@ -400,76 +372,77 @@ class InternLMTokenizer(PreTrainedTokenizerFast):
         continue_final_message: bool | str = False,
         tokenize: bool = True,
         role_headers: str = "keep",
+        sanitize_control_tokens: bool = False,
         **kwargs: Any,
     ) -> Any:
         """Render and encode a conversation so that only the template's own control tokens are encoded as such.
 
-        As in transformers, except that `<eoa>`, `</s>` and all other special tokens inside messages, tools, documents
-        and template variables are always encoded as plain text, on every version (`sanitize_control_tokens` is
-        accepted and ignored). With tokenize=False the result is a plain string, in which the two cannot be told
-        apart: do not trust the control tokens in it.
+        As in transformers, except that `<eoa>`, `</s>` and all other special tokens are always encoded as plain text
+        unless they stand in the source of the template or in a special-token variable such as bos_token, on every
+        version. With tokenize=False the result is a plain string, in which the two cannot be told apart: do not trust
+        the control tokens in it.
 
         Args:
-            role_headers: how to treat `<|User|>`, `<|Bot|>` or `<|System|>` in a message, tool or document. They are
-                plain text to this model, but start a turn: "keep" them, "break" them with spaces, or "refuse" them
-                with an error.
+            role_headers: how to treat a `<|User|>`, `<|Bot|>` or `<|System|>` that is not the template's. They are
+                plain text to this model, but start a turn: "keep" them, "break" them with spaces in messages, tools
+                and documents, or "refuse" them with an error.
+            sanitize_control_tokens: also encode as plain text the added tokens that are not special but control
+                tokens, as transformers 5.23 does: those in the attribute chat_control_tokens; without that, those in
+                the source of the template.
 
         Raises:
-            ValueError: role_headers is "refuse" and a header was found.
+            ValueError: role_headers is "refuse" and a header was found, or "break" and one was put together by the
+                template; or template and messages write a control token together.
         """
-        kwargs.pop("sanitize_control_tokens", None)
-        if role_headers != "keep":
-            conversation = _join_parts(_map_strings(conversation, str))
-            conversation, tools, documents = _map_strings(
-                (conversation, tools, documents), lambda text: _guard_role_headers(text, role_headers)
-            )
-        tools = [get_json_schema(tool) if callable(tool) else tool for tool in tools] if tools else tools
-        trusted = {key: kwargs.pop(key) for key in self.SPECIAL_TOKENS_ATTRIBUTES if key in kwargs}
-        inputs = (conversation, tools, documents, kwargs)
-        tokenizer, marks = self, self._chat_marks(inputs, chat_template) if tokenize else {}
-        if marks:
-            table = str.maketrans(marks)
-            conversation, tools, documents, kwargs = _map_strings(inputs, lambda text: text.translate(table))
-            tokenizer = copy.copy(self)
-            tokenizer.__dict__["_tokenizer"] = self._marked_backend(marks)
-        return super(InternLMTokenizer, tokenizer).apply_chat_template(
-            conversation,
-            tools,
-            documents,
-            chat_template,
-            add_generation_prompt,
-            continue_final_message,
-            tokenize,
-            **trusted,
-            **kwargs,
-        )
+        if role_headers not in ("keep", "break", "refuse"):
+            raise ValueError(f'role_headers={role_headers!r} is not allowed: it must be "keep", "break" or "refuse".')
+        conversation, tools, documents, kwargs = read_iterators((conversation, tools, documents, kwargs))
+        if role_headers == "break":
+            conversation, tools, documents = break_role_headers(conversation, tools, documents)
+        template = self.get_chat_template(chat_template, tools)
+        options = (add_generation_prompt, continue_final_message)
+        apply = super().apply_chat_template
+
+        def render(source: str, variables: dict[str, Any]) -> list[str]:
+            unused = ("return_dict", "return_assistant_tokens_mask")  # refused without tokenize
+            others = {key: value for key, value in kwargs.items() if key not in unused}
+            text: Any = apply(conversation, tools, documents, source, *options, False, **others | variables)
+            return [text] if isinstance(text, str) else text
+
+        trusted = {*self.SPECIAL_TOKENS_ATTRIBUTES, *self.special_tokens_map} & kwargs.keys()
+        guard = ChatGuard(template, self.special_tokens_map | {key: kwargs[key] for key in trusted}, render)
+
+        def protect(rendered: list[str]) -> tuple[list[str], Any]:
+            if role_headers != "keep":
+                guard.refuse_role_headers(rendered)
+            return self._hide_controls(guard, rendered, sanitize_control_tokens) if tokenize else (rendered, None)
+
+        copied = type(self).__new__(type(self))
+        copied.__dict__.update(self.__dict__, _protect=protect)
+        library: Any = super(InternLMTokenizer, copied)
+        result = library.apply_chat_template(conversation, tools, documents, template, *options, tokenize, **kwargs)
+        if not tokenize:
+            protect([result] if isinstance(result, str) else result)
+        return result
 
     parse_tool_calls = staticmethod(parse_tool_calls)
 
-    def _chat_marks(self, inputs: Any, chat_template: str | None) -> dict[str, str]:
-        """Map each character that starts a special token to one that occurs in neither inputs nor template.
-
-        With these substitutes, no special token can start in the text of a user, even one assembled from several
-        strings. Each replaces one character, so that offsets stay valid.
-        """
-        strings: list[str] = [str(chat_template or self.chat_template)]
-        _map_strings(inputs, lambda text: strings.append(text) or text)
-        first = {token[0] for token in self.all_special_tokens}
-        used = set().union(*strings[1:])
-        free = (chr(code) for code in range(0xFDD0, 0x110000) if chr(code) not in used and chr(code) not in strings[0])
-        return dict(zip(sorted(first), free, strict=False)) if first & used else {}
-
-    def _marked_backend(self, marks: dict[str, str]) -> Tokenizer:
-        """A backend that replaces the marks by their original characters, but only after finding special tokens."""
-        known, backend = self._chat_backend or ({}, None)
-        if backend is None or known != marks:
-            backend = Tokenizer(self._tokenizer.model)  # the same model, not a copy
-            backend.normalizer = normalizers.Sequence(
-                [normalizers.Replace(mark, plain) for plain, mark in marks.items()] + [self._tokenizer.normalizer]
-            )
-            for _, token in sorted(self._tokenizer.get_added_tokens_decoder().items()):  # in the order of their ids
-                state: Any = token.__getstate__()
-                backend.add_tokens([AddedToken(**state | {"normalized": token.normalized and not token.special})])
-            backend.decoder = self._tokenizer.decoder
-            self._chat_backend = marks, backend
-        return backend
+    def _hide_controls(self, guard: ChatGuard, texts: list[str], sanitize: bool) -> tuple[list[str], Any]:
+        """The texts, and the backend that finds no control tokens in them except those that the template wrote."""
+        added = list(self._tokenizer.get_added_tokens_decoder().values())
+        names = {*super().all_special_tokens, *(token.content for token in added if token.special)}
+        if sanitize:
+            listed = getattr(self, "chat_control_tokens", None)  # from transformers 5.23
+            inferred = (token.content for token in added if token.content.strip() and token.content in guard.template)
+            names.update(inferred if listed is None else listed)
+        controls = tuple(token.content for token in added if token.content in names)
+        hidden, marks = guard.hide_others(texts, controls, "".join(token.content for token in added))
+        # If a control token is found in normalized text, that can be a text which the guard does not look for.
+        if not marks and not any(token.normalized and token.content in names for token in added):
+            return hidden, self._tokenizer
+        known, backend = self._chat_backend or (None, None)
+        if known != (marks, controls, len(added)):
+            original: Any = self._tokenizer
+            backend = build_hiding_backend(original, marks, controls)
+            self._chat_backend = (marks, controls, len(added)), backend
+        return hidden, backend

@@ -38,6 +38,7 @@ def folder(tmp_path_factory):
     out = tmp_path_factory.mktemp("hub") / "internlm-chat-20b"
     out.mkdir()
     for name in (
+        "control_tokens_internlm.py",
         "sentencepiece_internlm.py",
         "tool_calls_internlm.py",
         "tokenization_internlm.py",
@@ -348,6 +349,7 @@ def test_other_model(tmp_path):
     """A model with only <eoh> and <eoa>, at other ids, is protected in the same way."""
     train_sentencepiece(Path(__file__), tmp_path / "tokenizer")
     for name in (
+        "control_tokens_internlm.py",
         "sentencepiece_internlm.py",
         "tool_calls_internlm.py",
         "tokenization_internlm.py",

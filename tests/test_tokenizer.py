@@ -35,6 +35,7 @@ from support.texts import mixed_corpus, train_sentencepiece
 
 
 FILES = [
+    "control_tokens_internlm.py",
     "sentencepiece_internlm.py",
     "tool_calls_internlm.py",
     "tokenization_internlm.py",

@@ -27,6 +27,7 @@ STANDARD = {
     "json",
     "os",
     "re",
+    "secrets",
     "shutil",
     "struct",
     "threading",
