@@ -9,6 +9,7 @@ from transformers.integrations.executorch import (
 )
 
 from support.generation import PROMPTS, greedy_ids
+from support.versions import needs_one_graph
 
 
 WINDOW = 256  # of checkpoints/tiny
@@ -26,6 +27,7 @@ def test_export(tiny_model, length):
     torch.testing.assert_close(exported, tiny_model(other, use_cache=False).logits, atol=1e-4, rtol=1e-4)
 
 
+@needs_one_graph
 @torch.no_grad()
 def test_export_with_cache(tiny_dir, tiny_tokenizer):
     """The export for ExecuTorch, a decode step with a static cache, gives the tokens of generate()."""
