@@ -82,8 +82,8 @@ test-llamacpp: .venvs/llamacpp/installed ## check that llama.cpp, built from sou
 		-r requirements.txt -r requirements-llamacpp.txt
 	@touch $@
 
-matrix: $(VENV)/installed ## check every supported transformers version, each in a new environment and process
-	$(BIN)/python tools/matrix.py
+matrix: $(VENV)/installed ## check every supported transformers version in new environments (TORCH="2.6.0 2.15.0": these of torch, 3 GB each)
+	$(BIN)/python tools/matrix.py $(if $(TORCH),--torch $(TORCH))
 
 bench: $(VENV)/installed ## run the CPU benchmarks (benchmarks/README.md), about 18 minutes
 	for file in cpu long_context loading tokenizer plot; do $(BIN)/python benchmarks/$$file.py || exit 1; done
