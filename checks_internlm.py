@@ -94,7 +94,7 @@ def check_cache_type(past_key_values: Any, cache: Any) -> None:
     wrong = None
     if past_key_values is not None and not isinstance(past_key_values, Cache):
         wrong = f"past_key_values is a {type(past_key_values).__name__}"
-    elif isinstance(cache, (tuple, list)):  # torch 2.6 cannot trace `tuple | list`
+    elif isinstance(cache, tuple | list):
         wrong = f"cache is a {type(cache).__name__}"
     if wrong is not None:
         raise ValueError(f"{wrong}: pass a transformers cache, for example DynamicCache().")
