@@ -87,8 +87,8 @@ test-llamacpp: .venvs/llamacpp/installed ## check that llama.cpp, built from sou
 		-r requirements.txt -r requirements-llamacpp.txt
 	@touch $@
 
-matrix: $(VENV)/installed ## check every supported transformers version, each in a new environment and process
-	$(BIN)/python tools/matrix.py
+matrix: $(VENV)/installed ## check every supported transformers version in new environments (TORCH="2.6.0 2.15.0": these of torch, 3 GB each)
+	$(BIN)/python tools/matrix.py $(if $(TORCH),--torch $(TORCH))
 
 mutation: $(VENV)/installed ## mutate root modules at random and count what tests notice (FILES="rotary_internlm.py" N=40 SEED=1)
 	$(BIN)/python tools/mutation.py $(if $(FILES),--files $(FILES)) $(if $(N),--number $(N)) $(if $(SEED),--seed $(SEED))

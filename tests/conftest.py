@@ -1,5 +1,6 @@
 """Fixtures for all tests. `tiny_dir` is a model folder exactly as it would be uploaded to the Hub."""
 
+import contextlib
 import os
 import signal
 import sys
@@ -120,3 +121,17 @@ def tiny_model(tiny_dir: Path):
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(tiny_dir, trust_remote_code=True, dtype=torch.float32).eval()
+
+
+@pytest.fixture
+def no_streams(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replaces the GPU streams of an offloaded cache: a CUDA build of torch makes none without a driver."""
+
+    class NoStream(contextlib.nullcontext):
+        def wait_stream(self, other: Any) -> None:
+            pass
+
+    monkeypatch.setattr(torch, "Stream", NoStream)
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda device: NoStream())
+    monkeypatch.setattr(torch.cuda, "Stream", NoStream)  # this and the next with torch 2.6
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)

@@ -19,6 +19,7 @@ from benchmarks.counts import memory_use
 from tools import package
 
 from support.golden import assert_near, cache_of, load
+from support.versions import needs_one_graph
 
 
 TOKENS = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
@@ -126,7 +127,7 @@ def test_a_cache_that_is_passed_or_named_is_used_as_it_is(causal_lm, tokens):
     assert type(cache_of(causal_lm.generate(tokens[:, :9], **TOKENS, **settings))) is StaticCache
 
 
-def test_an_offloaded_cache_stays_the_librarys(causal_lm, caches):
+def test_an_offloaded_cache_stays_the_librarys(causal_lm, caches, no_streams):
     """Its layers move between devices, which buffers with room would not follow."""
     cache = caches.GrowingCache(config=causal_lm.config, offloading=True)
     assert not any(isinstance(layer, caches.GrowingLayer) for layer in cache.layers)
@@ -335,6 +336,7 @@ def test_filled_in_inference_mode_and_continued_outside(causal_lm, tokens):
         assert_near(torch.cat(found, dim=1), causal_lm(tokens[:, :23]).logits[:, -2:])
 
 
+@needs_one_graph
 @torch.no_grad()
 def test_a_compiled_step_appends_to_it(causal_lm, tokens):
     """torch.compile sees the library's operations; eager steps before and after it append in place."""

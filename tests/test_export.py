@@ -11,6 +11,7 @@ from transformers.integrations.executorch import (
 )
 
 from support.generation import PROMPTS, greedy_ids
+from support.versions import needs_one_graph
 
 
 WINDOW = 256  # of checkpoints/tiny
@@ -61,6 +62,7 @@ class Logits(torch.nn.Module):
         return self.model(ids, use_cache=use_cache).logits
 
 
+@needs_one_graph
 @torch.no_grad()
 def test_export_with_cache(tiny_dir, tiny_tokenizer):
     """The export for ExecuTorch, a decode step with a static cache, gives the tokens of generate()."""

@@ -1,6 +1,5 @@
 """Dynamic NTK beyond the window, for every kind of input and cache (golden checkpoint, window 64)."""
 
-import contextlib
 import copy
 
 import pytest
@@ -310,15 +309,8 @@ def test_static_cache_gives_the_same_tokens(model, ids, prompt):
 
 
 @pytest.mark.parametrize("kind", ("offloaded", "offloaded_static"))
-def test_offloaded_caches_give_the_same_tokens(model, ids, kind, monkeypatch):
-    """The library's own caches, with the GPU streams that they wait for replaced."""
-
-    class NoStream(contextlib.nullcontext):
-        def wait_stream(self, other):
-            pass
-
-    monkeypatch.setattr(torch, "Stream", NoStream)
-    monkeypatch.setattr(torch.cuda, "default_stream", lambda device: NoStream())
+def test_offloaded_caches_give_the_same_tokens(model, ids, kind, no_streams):
+    """The library's own caches."""
     inputs = ids[:1, : WINDOW + 20]
     expected = greedy_rows(model, inputs)
     assert torch.equal(greedy_rows(model, inputs, cache_implementation=kind), expected)

@@ -13,6 +13,8 @@ import pytest
 import torch
 import yaml
 
+from tools.matrix import TORCH_VERSIONS, VERSIONS
+
 from support.paths import ROOT
 
 
@@ -258,5 +260,16 @@ def test_pytest_selections_match_a_test(name: str):
 
 def test_generated_blocks_are_marked():
     """Each block that a tool rewrites is marked exactly once."""
-    for mark in ("matrix", "speed"):
-        assert re.findall(rf"<!-- (/?{mark}) -->", README) == [mark, f"/{mark}"]
+    for page, mark in (("README.md", "matrix"), ("README.md", "speed"), ("docs/compatibility.md", "torch")):
+        assert re.findall(rf"<!-- (/?{mark}) -->", PAGES[page]) == [mark, f"/{mark}"]
+
+
+def test_every_page_names_the_range_of_torch_that_the_table_shows():
+    """Its ends are those that tools/matrix.py runs, each with the oldest and the newest transformers."""
+    rows = _table(PAGES["docs/compatibility.md"], "| torch | transformers |")[1:]
+    ends = [(torch, transformers) for torch in TORCH_VERSIONS for transformers in (VERSIONS[0], VERSIONS[-1])]
+    assert [tuple(row[:2]) for row in rows] == ends
+    oldest, newest = (version.removesuffix(".0") for version in TORCH_VERSIONS)
+    requirements = (ROOT / "requirements.txt").read_text(encoding="utf-8")
+    for text in (ENGLISH, CHINESE, PAGES["docs/compatibility.md"], PAGES["CHANGELOG.md"], requirements):
+        assert re.search(rf"torch\D*{oldest}\D.*?\D{newest}\b", text, re.DOTALL), text[:80]

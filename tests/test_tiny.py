@@ -15,6 +15,7 @@ from tools.tiny import corpus, measure, train
 from tools.tiny.grammar import GRAMMARS, is_well_formed, paragraph, split_sentences
 
 from support.paths import ROOT, TINY
+from support.versions import needs_torch
 
 
 LANGUAGES = pytest.mark.parametrize("language", GRAMMARS)
@@ -219,6 +220,7 @@ def test_training_uses_the_base_of_dynamic_ntk(subject, rotary):
     torch.testing.assert_close(inv_freq[0], train.ntk_base(4) ** -exponents)
 
 
+@needs_torch("2.9", "has no torch.optim.Muon")
 def test_interrupted_training_resumes_with_the_same_result(tmp_path, monkeypatch):
     """Three steps, with and without an interruption after the second, give the same weights."""
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
