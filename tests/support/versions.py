@@ -10,6 +10,5 @@ def needs_torch(version: str, lack: str) -> pytest.MarkDecorator:
     return pytest.mark.skipif(found < needed, reason=f"needs torch {version}: an older one {lack}")
 
 
-# torch 2.6 traces neither a decorator of transformers 5 nor `isinstance(cache, tuple | list)` in checks_internlm.py.
-# Were the latter written otherwise, it would fail behind that decorator, as for Llama, instead of breaking the graph.
+# torch 2.6 cannot trace a decorator of transformers 5, with Llama neither.
 needs_one_graph = needs_torch("2.7", "cannot trace the model in one graph")
