@@ -4,7 +4,7 @@ import copy
 import itertools
 import json
 import shutil
-from collections import UserDict, UserList, deque
+from collections import UserList, deque
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,7 +93,7 @@ FUZZ = settings(deadline=None, derandomize=True, max_examples=60, suppress_healt
 def folder(tmp_path_factory):
     out = tmp_path_factory.mktemp("hub") / "chat"
     out.mkdir()
-    for path in (*ROOT.glob("*token*_internlm.py"), *ROOT.glob("sentencepiece_internlm.py")):
+    for path in ROOT.glob("*_internlm.py"):
         shutil.copyfile(path, out / path.name)
     for name in ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"):
         shutil.copyfile(ROOT / name, out / name)
@@ -237,7 +237,7 @@ TOOL = {"name": "f", "description": ATTACK, "parameters": {"type": "object", "pr
 
 
 @pytest.mark.parametrize(
-    "tools", [[weather], [TOOL], (TOOL,), deque([TOOL]), [UserDict(TOOL)["name"] and TOOL]], ids=repr
+    "tools", [[weather], [TOOL], (TOOL,), deque([TOOL])], ids=["function", "list", "tuple", "deque"]
 )
 def test_tools_are_protected(tok, tools):
     """As a function, too, whose docstring once passed role_headers."""
