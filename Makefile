@@ -32,8 +32,9 @@ serve: .venvs/serving/installed ## start an OpenAI-compatible server, docs/servi
 	.venvs/serving/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-serving.txt
 	@touch $@
 
+# Two workers with as many threads as cores: threads that spin while they wait take the cores from each other.
 test: $(VENV)/installed ## run the tests, in random order (SEED=the number that an earlier run printed for the same one)
-	$(BIN)/python -m pytest -q -m "not slow and not evaluation and not ecosystem and not gpu" -n 2 --dist loadfile \
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -m "not slow and not evaluation and not ecosystem and not gpu" -n 2 --dist loadfile \
 		--randomly-seed=$(SEED)
 
 test-gpu: $(VENV)/installed ## run the tests that need a CUDA device; without one they are skipped
