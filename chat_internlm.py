@@ -97,7 +97,7 @@ class InternLMChatMixin:
                 `streamer`.
         """
         closed = threading.Event()
-        criteria = [*kwargs.pop("stopping_criteria", []), _StopWhen(closed)]
+        criteria = [*(kwargs.pop("stopping_criteria", None) or []), _StopWhen(closed)]
         streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
         errors: list[BaseException] = []
         kwargs |= {"max_new_tokens": max_new_tokens, "do_sample": do_sample}

@@ -132,6 +132,8 @@ def test_callers_stopping_criteria_end_a_reply(model, tokenizer):
     response, _ = model.chat(tokenizer, "hi", **settings)
     *_, (streamed, _) = model.stream_chat(tokenizer, "hi", **settings)
     assert streamed == response == tokenizer.decode(words[:3])
+    *_, (streamed, _) = model.stream_chat(tokenizer, "hi", **settings | {"stopping_criteria": None})
+    assert streamed == tokenizer.decode(words)
 
 
 def test_a_tokenizer_without_eoa(model):
