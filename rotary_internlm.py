@@ -77,7 +77,8 @@ def cos_sin(positions: torch.Tensor, inv_freq: torch.Tensor, dtype: torch.dtype)
 
 def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotate pairs (i, i + D / 2) of (B, H, Q, D): Llama's rotate_half, its signs folded into `sin`."""
-    return torch.addcmul(states * cos, states.roll(states.shape[-1] // 2, -1), sin)
+    # In torch.jit.trace a size is a tensor, which roll of an older torch takes only in a tuple.
+    return torch.addcmul(states * cos, states.roll((states.shape[-1] // 2,), -1), sin)
 
 
 def rotary_tables(

@@ -38,7 +38,7 @@ from tools.package import MODULES
 from support.benchmarks import run_gpu_benchmark
 from support.golden import CHECKPOINTS, assert_near, jsonl, load
 from support.paths import GOLDEN, ROOT
-from support.versions import needs_one_graph
+from support.versions import needs_dynamo
 
 
 # On the newest version (set by tools/matrix.py), deprecated calls are errors.
@@ -253,7 +253,7 @@ def enable_checkpointing(model, reentrant: bool) -> None:
     model.enable_input_require_grads()
 
 
-@needs_one_graph  # its compiled case
+@needs_dynamo  # its compiled case
 def test_the_gpu_benchmark(tmp_path):
     """Its cases run on a CPU, with caches under the version's name and of the version's classes; none fails."""
     rows = run_gpu_benchmark(tmp_path)

@@ -25,7 +25,7 @@ from benchmarks.report import Report
 
 from support.benchmarks import TRIAL, run_gpu_benchmark
 from support.golden import cache_of
-from support.versions import needs_one_graph
+from support.versions import needs_dynamo
 
 
 SHAPE = Shape(hidden=256, layers=4, heads=2, intermediate=352, vocab=512, window=64)
@@ -58,7 +58,7 @@ def rows_in_file(bench: gpu.Bench) -> list[dict]:
     return json.loads(bench.report.path.read_text(encoding="utf-8"))["rows"]
 
 
-@needs_one_graph  # its compiled case
+@needs_dynamo  # its compiled case
 def test_the_gpu_benchmark_measures_every_kind_of_case_on_a_cpu(tmp_path):
     """A trial run has all rows and none has failed; its plot can be drawn, also beside a row that has."""
     rows = run_gpu_benchmark(tmp_path)

@@ -19,7 +19,7 @@ from benchmarks.counts import memory_use
 from tools import package
 
 from support.golden import assert_near, cache_of, load
-from support.versions import needs_one_graph
+from support.versions import needs_dynamo
 
 
 TOKENS = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
@@ -335,7 +335,7 @@ def test_filled_in_inference_mode_and_continued_outside(causal_lm, tokens):
         assert_near(torch.cat(found, dim=1), causal_lm(tokens[:, :23]).logits[:, -2:])
 
 
-@needs_one_graph
+@needs_dynamo
 @torch.no_grad()
 def test_a_compiled_step_appends_to_it(causal_lm, tokens):
     """torch.compile sees the library's operations; eager steps before and after it append in place."""

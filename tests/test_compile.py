@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, CompileConfig
 from support.changes import CHANGES
 from support.generation import PROMPTS, greedy_ids, greedy_rows, pad_left
 from support.golden import assert_near, load, new_cache
-from support.versions import needs_one_graph, needs_torch
+from support.versions import needs_dynamo
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ class Recompilations:
         return graph.forward
 
 
-@needs_one_graph
+@needs_dynamo
 @torch.no_grad()
 def test_fullgraph_static_decode_compiles_once(model, ids):
     """One graph without a break, from inside the window to beyond it, with the logits of eager mode."""
@@ -49,7 +49,7 @@ def test_fullgraph_static_decode_compiles_once(model, ids):
     assert counter.graphs == 1
 
 
-@needs_one_graph
+@needs_dynamo
 def test_compiled_generate_across_the_window(model, ids):
     """generate with a static cache and inductor's kernels gives the tokens of eager mode, padded rows included."""
     padded, mask = pad_left([ids[0, :60], ids[1, :40]], 60)
@@ -62,7 +62,7 @@ def test_compiled_generate_across_the_window(model, ids):
     assert output.tolist() == expected.tolist()
 
 
-@needs_one_graph
+@needs_dynamo
 def test_compiled_static_cache(tiny_dir, tiny_tokenizer):
     """generate() compiles the decode step by default on a GPU; forced to on a CPU, it captures a single graph."""
     model = AutoModelForCausalLM.from_pretrained(tiny_dir, trust_remote_code=True, dtype=torch.float32)
@@ -85,6 +85,7 @@ class Operators:
         return graph.forward
 
 
+@needs_dynamo
 @pytest.mark.parametrize("change", CHANGES)
 @torch.no_grad()
 def test_compiled_products_of_one_token_see_what_changes_a_layer(model, ids, change):
@@ -119,10 +120,8 @@ def test_compiled_products_of_one_token_take_offloaded_weights(tiny_dir, tiny_mo
     assert_near(found, expected)
 
 
-ONE_TOKEN = needs_torch("2.7", "cannot tell compilation from export, so its products stay as they are")
-
-
-@pytest.mark.parametrize("case", (pytest.param("one token", marks=ONE_TOKEN), "two rows"))
+@needs_dynamo
+@pytest.mark.parametrize("case", ("one token", "two rows"))
 @torch.no_grad()
 def test_compiled_products_of_one_token_are_written_out(model, ids, case):
     """On a CPU, so that all its cores read the weights. Logits are eager's."""
@@ -137,7 +136,7 @@ def test_compiled_products_of_one_token_are_written_out(model, ids, case):
     assert any("linear" in operator for operator in graph.operators) == (case != "one token")
 
 
-@needs_one_graph
+@needs_dynamo
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 @torch.no_grad()
 def test_compiled_steps_of_one_row_are_eager_steps(dtype, model, ids):
@@ -157,7 +156,7 @@ def test_compiled_steps_of_one_row_are_eager_steps(dtype, model, ids):
     assert compiled < max(1.2 * eager, 1e-4)
 
 
-@pytest.mark.parametrize("strict", (False, pytest.param(True, marks=needs_one_graph)))
+@pytest.mark.parametrize("strict", (False, pytest.param(True, marks=needs_dynamo)))
 @torch.no_grad()
 def test_an_exported_program_keeps_its_products(model, ids, strict):
     """They are for its runtime to choose; written out, they would also fix the number of tokens."""

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from support.paths import ROOT
-from support.versions import needs_one_graph, needs_torch
+from support.versions import needs_dynamo, needs_torch
 
 
 TENSOR = needs_torch("2.7", "has no distribute_tensor(src_data_rank=...), which transformers calls")
@@ -19,7 +19,7 @@ FSDP = needs_torch("2.8", "is refused by transformers, for it cannot save and lo
     ("way", "gradients"),
     (
         pytest.param("tensor", (39, 39), marks=TENSOR),
-        pytest.param("pipeline", (19, 20), marks=needs_one_graph),
+        pytest.param("pipeline", (19, 20), marks=needs_dynamo),
         pytest.param("fsdp", (39, 39), marks=FSDP),
     ),
 )

@@ -11,7 +11,7 @@ from transformers.integrations.executorch import (
 )
 
 from support.generation import PROMPTS, greedy_ids
-from support.versions import needs_one_graph
+from support.versions import needs_dynamo
 
 
 WINDOW = 256  # of checkpoints/tiny
@@ -29,7 +29,7 @@ def test_export(tiny_model, length):
     torch.testing.assert_close(exported, tiny_model(other, use_cache=False).logits, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("way", ("with a cache", "without a cache", "strict", "trace"))
+@pytest.mark.parametrize("way", ("with a cache", "without a cache", pytest.param("strict", marks=needs_dynamo), "trace"))
 @torch.no_grad()
 def test_a_program_of_any_length(tiny_model, way):
     """Exported or traced at 30 tokens, a program is exact beyond the window of 256, too, where dynamic NTK begins."""
@@ -62,7 +62,7 @@ class Logits(torch.nn.Module):
         return self.model(ids, use_cache=use_cache).logits
 
 
-@needs_one_graph
+@needs_dynamo
 @torch.no_grad()
 def test_export_with_cache(tiny_dir, tiny_tokenizer):
     """The export for ExecuTorch, a decode step with a static cache, gives the tokens of generate()."""

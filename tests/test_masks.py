@@ -39,11 +39,12 @@ def texts(dynamic):
 
 def rows_of(mask_rows, implementation):
     """For each query the keys that it sees -> a mask (1, 1, Q, K), as that attention takes it."""
-    mask = torch.zeros(1, 1, len(mask_rows), max(map(max, mask_rows)) + 1, dtype=torch.bool)
+    mask = torch.zeros(len(mask_rows), max(map(max, mask_rows)) + 1, dtype=torch.bool)
     for query, seen in enumerate(mask_rows):
-        mask[0, 0, query, seen] = True
+        mask[query, seen] = True
     if implementation == "flex_attention":
-        return create_block_mask(lambda b, h, q, k: mask[0, 0, q, k], 1, None, *mask.shape[2:], device="cpu")
+        return create_block_mask(lambda b, h, q, k: mask[q, k], 1, None, *mask.shape, device="cpu")
+    mask = mask[None, None]
     return mask if implementation == "sdpa" else torch.zeros(mask.shape).masked_fill(~mask, -1e9)
 
 

@@ -105,7 +105,7 @@ def install(versions: Versions, log: Path) -> Path:
     python = str(folder / "bin" / "python")
     with log.open("w") as file:
         for command in (
-            [*uv, "venv", "--quiet", "--python", sys.executable, str(folder)],
+            [*uv, "venv", "--quiet", "--seed", "--python", sys.executable, str(folder)],  # with pip: a test calls it
             [*uv, "pip", "install", "--quiet", "--python", python, *links, *versions.packages()],
         ):
             if subprocess.run(command, stdout=file, stderr=subprocess.STDOUT).returncode:
