@@ -140,8 +140,9 @@ class GrowingCache(DynamicCache):
 
     def __reduce__(self) -> tuple:
         # Pickled as a library cache, which another process can load without this module.
-        layers: Any = [layer for layer in self.layers if getattr(layer, "is_initialized", False)]
-        return DynamicCache, ([(layer.keys.clone(), layer.values.clone()) for layer in layers] or None,)
+        kind = DynamicLayer if isinstance(self.layer_class_to_replicate, partial) else self.layer_class_to_replicate
+        layers = [_library_layer(layer) for layer in self.layers]
+        return DynamicCache, (), {**self.__dict__, "layers": layers, "layer_class_to_replicate": kind}
 
 
 def default_cache(config: InternLMConfig, max_length: int | None = None) -> DynamicCache:
@@ -152,6 +153,15 @@ def default_cache(config: InternLMConfig, max_length: int | None = None) -> Dyna
     if torch.compiler.is_compiling():
         return DynamicCache(config=config)
     return GrowingCache(config=config, max_length=max_length)
+
+
+def _library_layer(layer: Any) -> Any:
+    if type(layer) is not GrowingLayer:
+        return layer
+    plain = DynamicLayer()
+    if layer.is_initialized:
+        plain.update(layer.keys, layer.values)  # copies them, without their spare room
+    return plain
 
 
 # Keys or values, (B, H, tokens, D), and the buffer that they are a view of, if any.

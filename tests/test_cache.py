@@ -298,6 +298,26 @@ def test_a_file_holds_no_spare_room_and_loads_without_this_package(caches, tmp_p
     assert all(one.untyped_storage().nbytes() == one.nbytes for one in contents(copy.deepcopy(cache)))
 
 
+@pytest.mark.parametrize(
+    ("used", "with_config", "sliding_window"), (((), True, None), ((0, 2), False, None), ((0, 1, 2), True, 16))
+)
+def test_a_file_keeps_every_layer(causal_lm, caches, used, with_config, sliding_window):
+    """As of a pickled library cache: unused layers stay where they are, and a sliding window slides on."""
+    config = copy.deepcopy(causal_lm.config)
+    config.sliding_window = sliding_window
+    settings = {"config": config} if with_config else {}
+    pair = [caches.GrowingCache(**settings), DynamicCache(**settings)]
+    for layer in used:
+        for new in (states(20), states(1)):
+            assert all(cache.update(*new, layer) for cache in pair)
+    found, expected = (pickle.loads(pickle.dumps(cache)) for cache in pair)
+    assert [type(layer) for layer in found.layers] == [type(layer) for layer in expected.layers]
+    for layer in range(3):
+        new = states(2)
+        for one, other in zip(found.update(*new, layer), expected.update(*new, layer), strict=True):
+            assert torch.equal(one, other)
+
+
 # Gradients, inference mode, torch.compile
 
 

@@ -7,6 +7,7 @@ import pickle
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from support.paths import GOLDEN, ROOT
 
@@ -246,16 +247,10 @@ def test_every_field_of_config_json_is_known_and_every_argument_is_read(config_c
         assert source.count(f"config.{argument}") + source.count(f"self.{argument}") > 1, argument
 
 
-def test_the_parallel_plans_name_what_the_model_has(config_class, modeling):
-    """The pipeline plan names the parts of the base model in order, the tensor plan every linear layer of a layer."""
-    config = config_class(
-        vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
-    )
-    model = modeling.InternLMModel(config)
-    assert list(config.base_model_pp_plan) == [name for name, _ in model.named_children()]
-    for inputs, outputs in config.base_model_pp_plan.values():
-        assert {*inputs} <= {"input_ids", "inputs_embeds", "hidden_states", "attention_mask"} and len(outputs) == 1
-    linear = {name.replace(".0.", ".*.") for name, part in model.named_modules() if isinstance(part, torch.nn.Linear)}
-    assert config.base_model_tp_plan.keys() == linear
-    rowwise = {name for name, style in config.base_model_tp_plan.items() if style == "rowwise"}
-    assert rowwise == {"layers.*.self_attn.o_proj", "layers.*.mlp.down_proj"}
+def test_the_parallel_plans_are_llamas(config_class, modeling):
+    """Tensor, pipeline and sharded data parallel, for the layers and the head."""
+    for name in ("base_model_tp_plan", "base_model_pp_plan"):
+        assert getattr(config_class, name) == getattr(LlamaConfig, name)
+    for name in ("_tp_plan", "_pp_plan", "_fsdp_plan"):
+        if hasattr(LlamaForCausalLM, name):  # older versions have no _fsdp_plan
+            assert getattr(modeling.InternLMForCausalLM, name) == getattr(LlamaForCausalLM, name)

@@ -359,13 +359,21 @@ def test_a_cache_can_be_continued_and_cropped(model, ids):
     assert_near(model(ids[:1, 100:101], cache=past).logits, expected, atol=1e-5)
 
 
-def test_engine_managed_caches_use_the_trained_base(model, ids):
+class Pages:
+    """What flash attention gets from generate_batch: new keys as they are, for it knows where the others are."""
+
+    def update(self, keys, values, *args, **kwargs):
+        return keys, values
+
+
+@pytest.mark.parametrize("engine", ({"use_cache": False, "attention_instances": {}}, {"cache": Pages()}))
+def test_engine_managed_caches_use_the_trained_base(model, ids, engine):
     """An engine-managed cache cannot be corrected: flattened rows are plain rotary."""
     plain = copy.deepcopy(model)
     plain.config.rotary = {**model.config.rotary, "type": "origin"}
     tokens = ids[:1, :100]
     with torch.no_grad():
-        assert_near(model(tokens, use_cache=False, attention_instances={}).logits, plain(tokens).logits)
+        assert_near(model(tokens, **engine).logits, plain(tokens).logits)
 
 
 @pytest.mark.parametrize("rows", (1, 7, 50, 60))

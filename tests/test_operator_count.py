@@ -1,5 +1,7 @@
 """Operators of a forward: dynamic NTK adds none up to the window, and a decode step needs fewer than Llama's."""
 
+import sys
+
 import pytest
 import torch
 from transformers import DynamicCache, StaticCache
@@ -63,6 +65,18 @@ def test_a_decode_step_takes_at_most_60_percent_of_llamas_operators():
         side.first_step()  # in a process's first one, linear_internlm.py measures what it gains
         counts[type(model).__name__] = sum(count_operators(side.step).values())
     assert counts["InternLMForCausalLM"] <= 0.6 * counts["LlamaForCausalLM"], counts
+
+
+@torch.no_grad()
+def test_a_decode_step_of_rows_without_padding_makes_no_mask(pair, monkeypatch):
+    """All keys are seen. (The library's function, too, gives sdpa none then, but takes its time to find that out.)"""
+    cache, calls = DynamicCache(config=pair["dynamic"].config), []
+    modeling = sys.modules[type(pair["dynamic"]).__module__]
+    causal_mask = modeling.causal_mask
+    monkeypatch.setattr(modeling, "causal_mask", lambda *args: calls.append(args) or causal_mask(*args))
+    for new in (4, 1, 1):
+        pair["dynamic"](torch.ones(2, new, dtype=torch.long), cache=cache)
+    assert len(calls) == 1  # for the prompt
 
 
 @torch.no_grad()
