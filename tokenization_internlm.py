@@ -206,6 +206,7 @@ class InternLMTokenizer(PreTrainedTokenizerFast):
 
     def __setattr__(self, key: str, value: Any) -> None:
         super().__setattr__(key, value)
+        # Of the flags, transformers 5 has properties that do this.
         if self._ready and key.removesuffix("_id") in ("bos_token", "eos_token", "add_bos_token", "add_eos_token"):
             self.update_post_processor()
 

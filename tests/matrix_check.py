@@ -183,6 +183,21 @@ def test_tokenizer_padding_and_saving(tokenizer, tmp_path):
     assert saved.padding_side == "left" and saved.chat_template == tokenizer.chat_template
 
 
+def test_tokenizer_settings_assigned_later(folder):
+    """Each changes the next call, on versions where it is a property and where it is not."""
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    plain = tokenizer("Hello", add_special_tokens=False).input_ids
+    for name, value, ids in (
+        ("add_bos_token", False, plain),
+        ("add_eos_token", True, [*plain, 2]),
+        ("eos_token", "<eoa>", [*plain, 103028]),
+        ("add_bos_token", True, [1, *plain, 103028]),
+        ("bos_token_id", 103027, [103027, *plain, 103028]),
+    ):
+        setattr(tokenizer, name, value)
+        assert tokenizer("Hello").input_ids == ids
+
+
 @pytest.mark.parametrize("format", ("early", "later"))
 def test_chat_template(tokenizer, format):
     """Both prompt formats give the ids of the official chat(), and user text never becomes a control token."""

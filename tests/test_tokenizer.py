@@ -357,10 +357,10 @@ def test_decode_of_an_id_outside_the_vocabulary(tok, ids):
 
 
 def test_clean_up_only_when_asked(folder, tok):
-    text = "from .x import y . it 's , n't"
+    text = "from .x import y . it 's , n't ! you 're ? I 'm , they 've ' "
     ids = tok(text)["input_ids"]
     assert tok.decode(ids, skip_special_tokens=True) == text
-    cleaned = "from.x import y. it's,n't"
+    cleaned = "from.x import y. it's,n't! you're? I'm, they've'"
     assert tok.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=True) == cleaned
     cleaning = load(folder, clean_up_tokenization_spaces=True)
     assert cleaning.decode(ids, skip_special_tokens=True) == cleaned
@@ -448,8 +448,13 @@ def test_setting_a_special_token_changes_the_ids(small):
     small.bos_token = "<new>"
     small.add_special_tokens({"bos_token": "<new>"})
     assert small("a")["input_ids"][0] == small.bos_token_id == 500
-    small.add_bos_token, small.add_eos_token = False, False
-    assert small("a")["input_ids"] == small("a", add_special_tokens=False)["input_ids"]
+    small.bos_token = "<eoa>"
+    plain = small("a", add_special_tokens=False)["input_ids"]
+    assert small("a")["input_ids"] == [eoa, *plain, 2]
+    small.add_bos_token = False
+    assert small("a")["input_ids"] == [*plain, 2]
+    small.add_eos_token = False
+    assert small("a")["input_ids"] == plain
 
 
 def test_added_tokens(small):
