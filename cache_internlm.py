@@ -73,7 +73,7 @@ class GrowingLayer(DynamicLayer):
 
     def reserve(self, length: int) -> None:
         """Grow the buffers to at least `length` tokens, so that they stay where they are until they hold more."""
-        if self.buffers is None or self.buffers[0].shape[2] < length:
+        if self._key_buffer is None or self._key_buffer.shape[2] < length:
             self._keys, self._key_buffer = _grow(self._keys, length)
             self._values, self._value_buffer = _grow(self._values, length)
 

@@ -118,6 +118,26 @@ def test_greedy_replies_get_no_sampling_settings(model, tokenizer, caplog, monke
     assert "temperature" in caplog.text
 
 
+def test_sampling_settings_reach_generate(model, tokenizer, monkeypatch):
+    """By name or by position, of chat and stream_chat."""
+    seen = []
+
+    def generate(input_ids, streamer, **settings):
+        seen.append([settings[name] for name in ("max_new_tokens", "do_sample", "temperature", "top_p")])
+        if streamer:
+            streamer.end()
+        return input_ids
+
+    monkeypatch.setattr(model, "generate", generate)
+    model.chat(tokenizer, "hi")
+    model.chat(tokenizer, "hi", None, None, 7, True, 0.6, 0.7)
+    list(model.stream_chat(tokenizer, "hi"))
+    list(model.stream_chat(tokenizer, "hi", None, 7, True, 0.6, 0.7))
+    list(model.stream_chat(tokenizer, "hi", max_new_tokens=7, temperature=0.6, top_p=0.7))
+    default, given = [1024, True, 0.8, 0.8], [7, True, 0.6, 0.7]
+    assert seen == [default, given, default, given, given]
+
+
 def test_callers_stopping_criteria_end_a_reply(model, tokenizer):
     """chat's, and stream_chat's beside its own."""
 
@@ -352,17 +372,28 @@ def test_out_of_memory_errors_name_the_fix(tiny_dir):
 @pytest.mark.parametrize("closed", [True, False], ids=["closed", "left"])
 def test_abandoned_stream_stops_generating(closed, model, tokenizer):
     """Closing the iterator, or leaving the loop, ends the thread at its next token, long before max_new_tokens."""
-    before = threading.active_count()
+    before, others = threading.active_count(), set(threading.enumerate())
     stream = model.stream_chat(tokenizer, "hi", max_new_tokens=100_000, **forcing(tokenizer, "word " * 100_000))
     for _ in range(3):
         next(stream)
-    assert threading.active_count() > before
+    (generating,) = set(threading.enumerate()) - others
+    assert generating.daemon  # a program may end while it runs
     start = time.monotonic()
     if closed:
         stream.close()
     del stream  # as after `break`
     assert threading.active_count() == before
     assert time.monotonic() - start < 5
+
+
+def test_an_abandoned_stream_stops_where_its_tokens_are(model):
+    """generate combines the criteria of all callers on the device of the tokens."""
+    closed = threading.Event()
+    stop = sys.modules[type(model).chat.__module__]._StopWhen(closed)
+    assert stop(torch.ones(2, 3, device="meta"), None).device.type == "meta"
+    for expected in (False, True):
+        assert stop(torch.ones(2, 3), None).tolist() == [expected, expected]
+        closed.set()
 
 
 def test_a_user_supplied_streamer(model, tokenizer):

@@ -38,7 +38,7 @@ def test_sequence_classification(tiny_dir, tiny_tokenizer):
         tiny_dir, trust_remote_code=True, num_labels=3, dtype=torch.float32
     )
     alone = torch.cat([model(**tiny_tokenizer(prompt, return_tensors="pt")).logits for prompt in PROMPTS])
-    assert alone.shape == (4, 3)
+    assert alone.shape == (4, 3) and model.num_labels == 3
     for side in ("left", "right"):
         batch = tiny_tokenizer(PROMPTS, padding=True, padding_side=side, return_tensors="pt")
         torch.testing.assert_close(model(**batch).logits, alone, atol=1e-4, rtol=1e-4)
@@ -64,5 +64,5 @@ def test_token_classification_obeys_classifier_dropout(tiny_dir, tiny_tokenizer,
     )
     inputs = tiny_tokenizer(PROMPTS[0], return_tensors="pt")
     plain = model(**inputs).logits
-    assert plain.shape == (*inputs["input_ids"].shape, 3)
+    assert plain.shape == (*inputs["input_ids"].shape, 3) and model.num_labels == 3
     assert torch.equal(model.train()(**inputs).logits, plain) == (not dropout)

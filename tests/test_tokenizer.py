@@ -776,6 +776,15 @@ def test_broken_model_file(tmp_path, name):
         load(folder)
 
 
+@pytest.mark.parametrize(
+    "field", (b"\x78\x96\x01", b"\x79" + b"\xff" * 8, b"\x7a\x01\xff", b"\x7d" + b"\xff" * 4, b"\xc0\x0c\x05")
+)
+def test_fields_that_the_format_may_get_are_skipped(tmp_path, tok, field):
+    """Each wire type of protobuf as field 15, and field 200."""
+    other = load(write_folder(tmp_path / "longer", MODEL + field))
+    assert other.get_vocab() == tok.get_vocab()
+
+
 def test_missing_model_file(tmp_path):
     folder = write_folder(tmp_path / "missing")
     (folder / "tokenizer.model").unlink()
