@@ -4,6 +4,7 @@ import copy
 import itertools
 import json
 import shutil
+import sys
 from collections import UserList, deque
 from dataclasses import dataclass
 from typing import Any
@@ -258,6 +259,21 @@ def test_documents_and_variables_are_searched_for_role_headers(tok):
         [user("q")], chat_template=template, role_headers="break", documents=[{"text": "<|Bot|>"}], tokenize=False
     )
     assert text == '[{"text": "<| Bot |>"}]<|User|>:q'
+
+
+def test_a_backend_is_built_once(base, monkeypatch):
+    """And anew where a text contains other tokens to hide, and after a token was added."""
+    tok = extend(base, ["END"])
+    module, built = sys.modules[type(tok).__module__], []
+    build = module.build_hiding_backend
+    monkeypatch.setattr(module, "build_hiding_backend", lambda *args: built.append(args) or build(*args))
+    for texts, expected in ((["<eoa>", "a <eoa>"], 1), (["THE END"], 2)):
+        for text in texts:
+            assert controls(tok, ids_of(tok, [user(text)])) == controls(tok, ids_of(tok, [user("a")]))
+        assert len(built) == expected
+    tok.add_tokens("<new>", special_tokens=True)
+    assert "<new>" not in controls(tok, ids_of(tok, [user("<s><new>")]))
+    assert len(built) == 3
 
 
 def test_iterators_are_read_once(tok):

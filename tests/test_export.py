@@ -29,7 +29,10 @@ def test_export(tiny_model, length):
     torch.testing.assert_close(exported, tiny_model(other, use_cache=False).logits, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("way", ("with a cache", "without a cache", pytest.param("strict", marks=needs_dynamo), "trace"))
+STRICT = pytest.param("strict", marks=needs_dynamo)
+
+
+@pytest.mark.parametrize("way", ("with a cache", "without a cache", STRICT, "trace"))
 @torch.no_grad()
 def test_a_program_of_any_length(tiny_model, way):
     """Exported or traced at 30 tokens, a program is exact beyond the window of 256, too, where dynamic NTK begins."""

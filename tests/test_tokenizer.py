@@ -776,6 +776,13 @@ def test_broken_model_file(tmp_path, name):
         load(folder)
 
 
+def test_the_class_needs_no_settings(folder, tok):
+    """From tokenizer.model alone, the tokens and ids are those of the folder with its JSON files."""
+    alone = type(tok)(vocab_file=str(folder / "tokenizer.model"))
+    assert alone.special_tokens_map == tok.special_tokens_map and alone.pad_token_id == tok.pad_token_id
+    assert [alone(text).input_ids for text in SAMPLES] == [tok(text).input_ids for text in SAMPLES]
+
+
 @pytest.mark.parametrize(
     "field", (b"\x78\x96\x01", b"\x79" + b"\xff" * 8, b"\x7a\x01\xff", b"\x7d" + b"\xff" * 4, b"\xc0\x0c\x05")
 )

@@ -127,7 +127,8 @@ def walk(node: ast.AST, versions: dict[str, Any]) -> Iterator[ast.AST]:
         for child in live if isinstance(live, list) else [live]:
             yield from walk(child, versions)
         return
-    if isinstance(node, ast.Compare) and ast.unparse(node.left) in versions:
+    left = ast.unparse(node.left) if isinstance(node, ast.Compare) else ""
+    if left in versions or "__version__" in left:
         return
     yield node
     if isinstance(node, ast.JoinedStr | ast.Raise):
