@@ -145,10 +145,11 @@ def test_attentions_of_few_tokens_are_those_of_each(modeling, ids):
 
 @torch.no_grad()
 def test_an_attention_function_of_the_user_is_used_for_every_step(model, ids, monkeypatch):
-    """Beyond the window too, for one token and for few; one that takes a mask (B, K), as flash attention, gets it."""
+    """Beyond the window too, for one token and for few, with its own arguments; one that takes a mask (B, K), as flash
+    attention, gets it."""
 
-    def attention(module, query, key, value, attention_mask, scaling, **kwargs):
-        calls.append((query.shape[2], None if attention_mask is None else tuple(attention_mask.shape)))
+    def attention(module, query, key, value, attention_mask, scaling, own, **kwargs):
+        calls.append((query.shape[2], None if attention_mask is None else tuple(attention_mask.shape), own))
         mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool).tril(key.shape[2] - query.shape[2])
         if attention_mask is not None:
             mask = mask & attention_mask.bool()[:, None, None]
@@ -163,11 +164,11 @@ def test_an_attention_function_of_the_user_is_used_for_every_step(model, ids, mo
     ours, theirs, (tokens, mask) = one_layer(model), one_layer(model), pad_left([ids[0, :90], ids[1, :70]], 90)
     theirs.set_attn_implementation("the user's")
     caches = [new_cache("dynamic", ours) for _ in range(2)]
-    for start, end in ((0, 80), (80, 81), (81, 86)):
-        new = {"input_ids": tokens[:, start:end], "attention_mask": mask[:, :end]}
+    for start, end in ((0, 60), (60, 80), (80, 81), (81, 86)):
+        new = {"input_ids": tokens[:, start:end], "attention_mask": mask[:, :end], "own": end}
         found, expected = (each(**new, cache=cache).logits for each, cache in zip((theirs, ours), caches, strict=True))
         assert_near(found[:, -1], expected[:, -1])
-    assert calls == [(80, (2, 80)), (1, (2, 81)), (5, (2, 86))]
+    assert calls == [(60, (2, 60), 60), (20, (2, 80), 80), (1, (2, 81), 81), (5, (2, 86), 86)]
 
 
 @torch.no_grad()

@@ -5,8 +5,9 @@
 A seed fixes the sample: each file gets a share by its lines, and a site in it is as likely as any other. First every
 test file runs once without a mutation, with coverage, in a process of its own. Each mutation is then tested in a copy
 of the tree: by the quickest tests that run its line, and if they pass by all files that run it. It has survived when
-these pass, too. Each result is appended to build/mutation/<seed>.jsonl, so that a rerun resumes; when a module has
-changed, its mutations are new ones. Exits with 1 below --at-least.
+these pass, too; coverage does not see a line that only torch.compile runs, so its mutants survive as well. Each result
+is appended to build/mutation/<seed>.jsonl, so that a rerun resumes; when a module has changed, its mutations are new
+ones. Exits with 1 below --at-least.
 """
 
 import argparse
