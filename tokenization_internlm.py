@@ -119,7 +119,7 @@ class InternLMTokenizer(PreTrainedTokenizerFast):
         ValueError: a file is missing or broken; the message names it and the fix.
     """
 
-    vocab_files_names = {"vocab_file": "tokenizer.model", "tokenizer_file": "tokenizer.json"}
+    vocab_files_names = {"vocab_file": "tokenizer.model"}  # transformers adds tokenizer.json itself
     model_input_names = ["input_ids", "attention_mask"]
     padding_side = "left"
     slow_tokenizer_class = None

@@ -183,6 +183,12 @@ def test_tokenizer_padding_and_saving(tokenizer, tmp_path):
     assert saved.padding_side == "left" and saved.chat_template == tokenizer.chat_template
 
 
+@pytest.mark.filterwarnings("ignore:Calling InternLMTokenizer:FutureWarning")  # of 4.57; allowed again in 5
+def test_tokenizer_from_tokenizer_model_alone(tokenizer):
+    file = GOLDEN / "tokenizer.model"
+    assert type(tokenizer).from_pretrained(str(file))("x != y 你好").input_ids == tokenizer("x != y 你好").input_ids
+
+
 def test_tokenizer_settings_assigned_later(folder):
     """Each changes the next call, on versions where it is a property and where it is not."""
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)

@@ -137,8 +137,19 @@ def test_a_mutation_is_noticed_or_survives(project, tmp_path, monkeypatch):
     assert tested == chosen[1:2]
 
 
+def test_what_coverage_cannot_see_is_noticed(project, tmp_path):
+    """As what only torch.compile runs. Here a test reads the line and does not run it."""
+    (project / "tests" / "test_two.py").write_text(
+        "import inspect\nimport two_internlm as two\n\n"
+        "def test_source():\n    assert 'raise' in inspect.getsource(two)\n"
+    )
+    made = [mutant for mutant in mutation.mutants(project / "two_internlm.py", seed=0) if mutant.after == "pass"]
+    (record,) = mutation.run(project, made, tmp_path / "results.jsonl")
+    assert (record["result"], record["by"]) == ("noticed", "tests/test_two.py::test_source")
+
+
 def test_the_tests_that_run_a_line_are_measured(project, tmp_path):
-    """By test where one runs it, by file where it is run at import. Only a test file that has changed is run again."""
+    """All files follow, first those that run it, if only at import. Only a test file that has changed is run again."""
     (project / "tests" / "test_one.py").write_text(
         "import two_internlm\n\ndef test_name():\n    assert two_internlm\n"
     )
@@ -151,10 +162,11 @@ def test_the_tests_that_run_a_line_are_measured(project, tmp_path):
     def reaching(text):
         return mutation.reaching(measured, "two_internlm.py", 1 + next(i for i, x in enumerate(lines) if text in x))
 
-    assert reaching("return width") == (["tests/test_two.py::test_area"], ["tests/test_two.py"])
-    assert reaching("raise") == ([], [])
-    quick, files = reaching("def area")
-    assert (quick, set(files)) == ([], set(measured))
+    one, two = measured
+    assert reaching("return width") == ([f"{two}::test_area"], [two, one])
+    for text in ("def area", "raise"):
+        quick, files = reaching(text)
+        assert (quick, set(files)) == ([], {one, two})
     (project / "tests" / "test_one.py").write_text("import two_internlm\n")
     changed = mutation.measurements(project, tmp_path / "measured")
     assert [name for name in measured if measured[name] != changed[name]] == ["tests/test_one.py"]

@@ -4,10 +4,9 @@
 
 A seed fixes the sample: each file gets a share by its lines, and a site in it is as likely as any other. First every
 test file runs once without a mutation, with coverage, in a process of its own. Each mutation is then tested in a copy
-of the tree: by the quickest tests that run its line, and if they pass by all files that run it. It has survived when
-these pass, too; coverage does not see a line that only torch.compile runs, so its mutants survive as well. Each result
-is appended to build/mutation/<seed>.jsonl, so that a rerun resumes; when a module has changed, its mutations are new
-ones. Exits with 1 below --at-least.
+of the tree: by the quickest tests that run its line, and if they pass by all test files, first those that run it. It
+has survived when all tests pass. Each result is appended to build/mutation/<seed>.jsonl, so that a rerun resumes; when
+a module has changed, its mutations are new ones. Exits with 1 below --at-least.
 """
 
 import argparse
@@ -320,23 +319,22 @@ def failing(measured: dict[str, Path]) -> list[str]:
 
 
 def reaching(measured: dict[str, Path], module: str, line: int) -> tuple[list[str], list[str]]:
-    """Tests that run this line, the quickest first, up to QUICK seconds; and all files in which it is run.
+    """Tests that run this line, the quickest first, up to QUICK seconds; and all test files, first those that run it.
 
-    A file counts as a whole, for its tests may share what was computed once.
+    Coverage sees neither what torch.compile runs nor, in a test, what was computed once for several.
     """
     tests: dict[str, float] = {}
-    files: dict[str, float] = {}
+    files: dict[str, tuple[bool, float]] = {}
     for name, stem in measured.items():
         data = coverage.CoverageData(str(stem.with_suffix(".coverage")))
         data.read()
         modules = [file for file in data.measured_files() if Path(file).name == module]
         contexts = {context for file in modules for context in data.contexts_by_lineno(file).get(line, ())}
-        if contexts:
-            seconds: Counter = Counter()
-            for time, test in DURATION.findall(stem.with_suffix(".txt").read_text(encoding="utf-8")):
-                seconds[test] += float(time)
-            files[name] = sum(seconds.values())
-            tests |= {test: seconds[test] for test in (context.rpartition("|")[0] for context in contexts) if test}
+        seconds: Counter = Counter()
+        for time, test in DURATION.findall(stem.with_suffix(".txt").read_text(encoding="utf-8")):
+            seconds[test] += float(time)
+        files[name] = not contexts, sum(seconds.values())
+        tests |= {test: seconds[test] for test in (context.rpartition("|")[0] for context in contexts) if test}
     ordered = sorted(tests, key=tests.__getitem__)
     total = itertools.accumulate(tests[test] for test in ordered)
     quick = [test for test, seconds in zip(ordered, total, strict=True) if seconds <= QUICK]
@@ -363,7 +361,7 @@ def test(measured: dict[str, Path], tree: Path, mutant: Mutant) -> dict[str, str
                 timeout = status is None or "from pytest-timeout" in output
                 return {"result": "timeout" if timeout else "noticed", "by": by or output[-500:]}
             unreliable.append(by)  # it fails without the mutation, too, now and then
-    return {"result": "survived", "by": "" if files else "no test runs this line"}
+    return {"result": "survived", "by": ""}
 
 
 def copies(root: Path, folder: Path, count: int) -> queue.Queue:
