@@ -247,8 +247,9 @@ def test_every_field_of_config_json_is_known_and_every_argument_is_read(config_c
         assert source.count(f"config.{argument}") + source.count(f"self.{argument}") > 1, argument
 
 
-def test_the_parallel_plans_are_llamas(config_class, modeling):
+def test_the_parallel_plans_and_tied_weights_are_llamas(config_class, modeling):
     """Tensor, pipeline and sharded data parallel, for the layers and the head."""
+    assert modeling.InternLMForCausalLM._tied_weights_keys == LlamaForCausalLM._tied_weights_keys
     for name in ("base_model_tp_plan", "base_model_pp_plan"):
         assert getattr(config_class, name) == getattr(LlamaConfig, name)
     for name in ("_tp_plan", "_pp_plan", "_fsdp_plan"):

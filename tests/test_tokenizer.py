@@ -473,6 +473,16 @@ def test_added_tokens(small):
     assert small.decode([300], skip_special_tokens=True) == "" != small.decode([300]) == text
 
 
+def test_added_tokens_decode_as_they_are_written(small_folder):
+    """In a piece of the model, "▁" is a space and <0x41> a byte; in an added token, both are themselves."""
+    for before in (False, True):  # decode() has read the pieces
+        tok = load(small_folder)
+        assert before is False or tok.decode(tok("a b").input_ids, skip_special_tokens=True) == "a b"
+        tok.add_tokens(["▁x▁y", "<0x41>z"])
+        size = len(tok)
+        assert tok.decode([size - 2, size - 1]) == "▁x▁y<0x41>z"
+
+
 @pytest.mark.parametrize("through", ["backend_tokenizer", "a copy"])
 def test_tokens_added_elsewhere(small, through):
     """decode() keeps a table, which tokens that were added to the shared backend are not in."""
