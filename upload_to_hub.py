@@ -165,6 +165,7 @@ def _upload(api: "HfApi", plan: "Plan", assembly: Assembly, arguments: argparse.
         return push(api, plan, title, not arguments.public, arguments.create_pr)
     finally:
         signal.signal(signal.SIGINT, before)
+        print(file=sys.stderr)  # below the client's progress bars
 
 
 def _confirm(target: "Target", arguments: argparse.Namespace) -> None:

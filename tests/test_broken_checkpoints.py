@@ -267,7 +267,7 @@ def test_an_index_on_the_hub_that_points_outside_its_repository_is_refused(folde
             hub.add_repository(f"user/{number}", {path.name: path.read_bytes() for path in folder.iterdir()})
         child = subprocess.run(
             [sys.executable, "-c", LOAD_ALL, *(f"user/{number}" for number in range(len(paths)))],
-            env=environment(hub, tmp_path / "home"),
+            env=environment(hub, tmp_path / "home", "lfs"),
             capture_output=True,
             text=True,
             timeout=200,

@@ -1,8 +1,8 @@
 """A small Hugging Face Hub on the loopback interface, to which the real huggingface_hub uploads and downloads.
 
 Repositories with commits, branches, pull requests and visibility; users with tokens and roles; files in git or in LFS,
-in one part or several. Everything is kept in memory. `Hub.on` adds a fault: an error status, a dropped connection, a
-pause, or any function that a test wants to run at that moment.
+in one part or several, or in the storage of the Xet protocol. Everything is kept in memory. `Hub.on` adds a fault: an
+error status, a dropped connection, a pause, or any function that a test wants to run at that moment.
 
     with Hub() as hub:
         hub.on("PUT", "/lfs/", answer(503), times=2)
@@ -16,6 +16,7 @@ import json
 import os
 import re
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -23,8 +24,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
+from .xet_storage import Storage
+
 
 TOKEN = "hf_thisMustNeverBePrinted"
+XET_TOKEN = "xet_shortLived"
 
 
 @dataclass
@@ -87,6 +91,17 @@ def answer(status: int, message: str = "", code: str | None = None) -> Callable[
     return act
 
 
+def reply(content: Any, headers: dict[str, str] | None = None) -> Callable[["Request"], None]:
+    """A fault: 200, with any content."""
+
+    def act(request: "Request") -> None:
+        request.body()
+        request.send(content, headers=headers)
+        raise Dropped
+
+    return act
+
+
 def drop(after: int = 0) -> Callable[["Request"], None]:
     """A fault: the connection closes after `after` bytes of the request's body, at the latest after half of it."""
 
@@ -129,7 +144,8 @@ class Hub:
         self.part_bytes = part_bytes  # LFS objects above this size are uploaded in several parts
         self.users: dict[str, User] = {}
         self.repositories: dict[str, Repository] = {}
-        self.objects: dict[str, bytes] = {}  # LFS, by SHA-256
+        self.objects: dict[str, bytes] = {}  # large files, by SHA-256
+        self.storage = Storage()  # the same, as far as they were sent by Xet
         self.parts: dict[tuple[str, int], bytes] = {}
         self.log: list[tuple[str, str]] = []  # method and path of every request
         self.faults: list[_Fault] = []
@@ -253,6 +269,8 @@ class Request(BaseHTTPRequestHandler):
 
     def _authenticate(self) -> None:
         token = self.headers.get("Authorization", "").removeprefix("Bearer ")
+        if token == XET_TOKEN:  # of the storage, which knows no users
+            return
         self.user = self.hub.users.get(token)
         if token and self.user is None:
             raise Answer(401, "Invalid credentials in Authorization header")
@@ -427,6 +445,36 @@ class Request(BaseHTTPRequestHandler):
         made = {"commitUrl": f"{url}/commit/{oid}", "commitOid": oid, "success": True}
         self.send({**made, **({"pullRequestUrl": f"{url}/discussions/{number}"} if pull_request else {})})
 
+    # The storage, in the Xet protocol
+
+    def xet_token(self, repo: str, revision: str, kind: str) -> None:
+        self._repository(repo, write=kind == "write" and "create_pr" not in self.query)
+        token = {"accessToken": XET_TOKEN, "exp": int(time.time()) + 3600, "casUrl": self.hub.url}
+        names = {"accessToken": "X-Xet-Access-Token", "exp": "X-Xet-Token-Expiration", "casUrl": "X-Xet-Cas-Url"}
+        self.send(token, headers={names[name]: str(value) for name, value in token.items()})
+
+    def xorb(self, hash: str) -> None:
+        self.hub.storage.xorbs[hash] = self.body()
+        self.send({"was_inserted": True})
+
+    def shard(self) -> None:
+        try:
+            self.hub.objects |= self.hub.storage.add_shard(self.body())
+        except (ValueError, KeyError) as error:
+            raise Answer(400, f"bad shard: {error}") from error
+        self.send(b'{"type": "result", "result": 1}\n')
+
+    def telemetry(self) -> None:
+        self.send({})
+
+    def reconstruction(self, hash: str) -> None:
+        if hash not in self.hub.storage.files:
+            raise Answer(404, "No such file")
+        self.send(self.hub.storage.reconstruction(hash, f"{self.hub.url}/xorbs"))
+
+    def xorb_bytes(self, hash: str) -> None:
+        self._send_range(self.hub.storage.xorbs[hash])
+
     # Downloads
 
     def resolve(self, repo: str, revision: str, path: str) -> None:
@@ -439,16 +487,23 @@ class Request(BaseHTTPRequestHandler):
         headers = {"ETag": etag, "X-Repo-Commit": commit.oid, "Accept-Ranges": "bytes"}
         if file.lfs:
             headers |= {"X-Linked-Etag": etag, "X-Linked-Size": str(len(content))}
+        if file.lfs in self.hub.storage.ids:
+            route = f"{self.hub.url}/api/models/{repo}/xet-read-token/{commit.oid}"
+            headers |= {"X-Xet-Hash": self.hub.storage.ids[file.lfs], "X-Xet-Refresh-Route": route}
+        self._send_range(content, headers)
+
+    def _send_range(self, content: bytes, headers: dict[str, str] | None = None) -> None:
         if match := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
             start, stop = int(match[1]), min(int(match[2] or len(content) - 1), len(content) - 1)
-            headers["Content-Range"] = f"bytes {start}-{stop}/{len(content)}"
-            return self.send(content[start : stop + 1], 206, headers)
+            part = {"Content-Range": f"bytes {start}-{stop}/{len(content)}"}
+            return self.send(content[start : stop + 1], 206, {**(headers or {}), **part})
         self.send(content, headers=headers)
 
 
 _REPO = r"(?P<repo>[^/]+/[^/]+)"
 _REV = r"(?P<revision>[^/]+|refs/pr/\d+)"
 _OID = r"(?P<oid>[0-9a-f]{64})"
+_HASH = r"(?P<hash>[0-9a-f]{64})"
 ROUTES = [
     ("GET", "/api/whoami-v2", Request.whoami),
     ("POST", "/api/repos/create", Request.create),
@@ -465,12 +520,19 @@ ROUTES = [
     ("PUT", f"/lfs/{_OID}(?:/(?P<part>[0-9]+))?", Request.put),
     ("POST", f"/lfs/{_OID}/complete", Request.complete),
     ("POST", f"/lfs/{_OID}/verify", Request.verify),
+    ("GET", f"/api/models/{_REPO}/xet-(?P<kind>read|write)-token/{_REV}", Request.xet_token),
+    ("POST", f"/v1/xorbs/default/{_HASH}", Request.xorb),
+    ("POST", "/v2/shards", Request.shard),
+    ("POST", "/v1/telemetry", Request.telemetry),
+    ("GET", f"/v1/reconstructions/{_HASH}", Request.reconstruction),
+    ("GET", f"/xorbs/{_HASH}", Request.xorb_bytes),
     ("GET", f"/{_REPO}/resolve/{_REV}/(?P<path>.+)", Request.resolve),
     ("HEAD", f"/{_REPO}/resolve/{_REV}/(?P<path>.+)", Request.resolve),
 ]
 
 
-def environment(hub: Hub, home: Path) -> dict[str, str]:
-    """What a process needs to talk to this Hub and to nothing else."""
-    settings = {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(home), "HF_HUB_OFFLINE": "0"}
-    return {**os.environ, **settings, "HF_TOKEN": TOKEN, "OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error"}
+def environment(hub: Hub, home: Path, transfer: str) -> dict[str, str]:
+    """What a process needs to talk to this Hub and to nothing else; `transfer` of large files is by "xet" or "lfs"."""
+    settings = {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0", "HF_TOKEN": TOKEN}
+    by = {"HF_XET_XORB_COMPRESSION_POLICY": "none"} if transfer == "xet" else {"HF_HUB_DISABLE_XET": "1"}
+    return {**os.environ, **settings, **by, "OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error"}

@@ -18,7 +18,7 @@ from tools.convert.checkpoint import safetensors_tensors
 from tools.convert.files import is_lfs_pointer, read_json
 from tools.convert.tensors import check_shapes, parameters
 from tools.hub.assemble import SMALL_FILES, allowed
-from tools.hub.errors import LocalCheckFailed
+from tools.hub.errors import LocalCheckFailed, NetworkLost
 from tools.package import MODULES
 
 
@@ -105,6 +105,7 @@ def check_loading(where: str, revision: str | None = None, scratch: Path | None 
 
     Raises:
         LocalCheckFailed: It does not load, or a tensor is missing or not finite; the message is the process's own.
+        NetworkLost: The connection broke during the download, or the Hub answered with an error three times.
     """
     with tempfile.TemporaryDirectory(prefix="upload-check-", dir=scratch) as caches:
         environment = {
@@ -123,6 +124,8 @@ def check_loading(where: str, revision: str | None = None, scratch: Path | None 
         result = json.loads(child.stdout.splitlines()[-1])
     except (IndexError, ValueError):
         raise LocalCheckFailed(f"Loading {where} ended with exit code {child.returncode} and no result.") from None
+    if result.get("network"):
+        raise NetworkLost(f"{where} is on the Hub, but could not be checked. {result['error']}")
     if "error" in result:
         raise LocalCheckFailed(f"{where} does not load: {result['error']}")
     return result

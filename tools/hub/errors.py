@@ -4,10 +4,11 @@
 then, so that missing packages can be reported.
 """
 
-import json
+import re
 import traceback
 from collections.abc import Iterator
-from typing import Any
+from pathlib import Path
+from urllib.parse import urlsplit
 
 from tools.convert.files import DISK_FULL, ConversionError
 
@@ -74,6 +75,11 @@ class RemoteCheckFailed(UploadError):
     meaning = "the commit exists, but its files differ from the plan or do not load"
 
 
+# Requests that the Hub itself answers; all others go to its storage.
+_OF_HUB = re.compile(r"/api/|\.git/info/lfs/|/resolve/")
+# An error status in the text of hf_xet, whose exceptions carry nothing else.
+_XET_STATUS = re.compile(r"HTTP status \w+ error \((?P<status>\d{3}) ?(?P<reason>[^)]*)\), domain: (?P<url>\S+)")
+
 BUG = 1
 INTERRUPTED = 130  # Ctrl-C, the code that shells use
 
@@ -98,7 +104,7 @@ def report(error: Exception) -> tuple[str, int]:
     return f"{_without_token(text)}\nThis is a bug in this tool; please report the lines above.", BUG
 
 
-def explain(error: Exception) -> UploadError | None:
+def explain(error: BaseException) -> UploadError | None:
     """The user's view of an exception, None for a bug in this tool."""
     import httpx2
     from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
@@ -113,19 +119,43 @@ def explain(error: Exception) -> UploadError | None:
         if isinstance(cause, OfflineModeIsEnabled):
             return NetworkLost("HF_HUB_OFFLINE is set: unset it to upload.")
         if isinstance(cause, HfHubHTTPError):
-            return _explain_status(cause)
+            response = cause.response
+            reason = " ".join((cause.server_message or "").split()) or response.reason_phrase
+            return _explain_status(response.status_code, response.request.url.path, reason)
         if isinstance(cause, httpx2.TransportError):
-            return NetworkLost(
-                f"The connection to the Hub was lost ({type(cause).__name__}: {cause}): run the same command again, "
-                "finished files are not sent again."
-            )
+            return _lost(f"{type(cause).__name__}: {cause}")
         if isinstance(cause, OSError) and cause.errno in DISK_FULL:
             return DiskFull("The disk is full: make room and run the same command again to resume.")
-        if isinstance(cause, json.JSONDecodeError):
-            return ServerFailed("The Hub's answer is not JSON: run the same command again later to resume.")
         if isinstance(cause, ValueError) and "README.md" in str(cause):
             return LocalCheckFailed(f"The Hub does not accept the card: {cause}")
+    answers = (_explain_answer(cause) for cause in _chain(error) if _raised_by_the_client(cause))
+    return next(filter(None, answers), None)
+
+
+def _explain_answer(cause: BaseException) -> UploadError | None:
+    """The user's view of an error of huggingface_hub or hf_xet that has no type of its own."""
+    if match := _XET_STATUS.search(str(cause)):
+        return _explain_status(int(match["status"]), urlsplit(match["url"]).path, match["reason"])
+    if isinstance(cause, ConnectionError) or "error sending request" in str(cause):  # of hf_xet
+        return _lost(str(cause))
+    if isinstance(cause, RuntimeError):  # of hf_xet
+        return ServerFailed(f"The Hub's storage failed ({cause}): run the same command again later to resume.")
+    if isinstance(cause, KeyError | TypeError | AttributeError | ValueError):
+        return ServerFailed(
+            f"The answer is not a Hub's ({type(cause).__name__}: {cause}): check HF_ENDPOINT if it is set, or a proxy "
+            "that asks for a login; otherwise run the same command again later to resume."
+        )
     return None
+
+
+def _raised_by_the_client(error: BaseException) -> bool:
+    """Whether an exception left huggingface_hub, rather than code of this tool that uses it."""
+    import huggingface_hub
+
+    client, tool = Path(huggingface_hub.__file__).parent, Path(__file__).parents[2]
+    files = [Path(frame.f_code.co_filename) for frame, _ in traceback.walk_tb(error.__traceback__)]
+    known = [file for file in files if client in file.parents or tool / "tools" in file.parents]
+    return bool(known) and client in known[-1].parents
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
@@ -134,9 +164,18 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
-def _explain_status(error: Any) -> UploadError:
-    status, path = error.response.status_code, error.response.request.url.path
-    reason = " ".join((error.server_message or "").split()) or error.response.reason_phrase
+def _lost(reason: str) -> NetworkLost:
+    return NetworkLost(
+        f"The connection to the Hub was lost ({reason}): run the same command again; finished files are not sent "
+        "again."
+    )
+
+
+def _explain_status(status: int, path: str, reason: str) -> UploadError:
+    """The user's view of an error status, which depends on what was asked for, and of whom."""
+    again = "run the same command again later to resume"
+    if _OF_HUB.search(path) is None:  # a link to the storage, which the Hub has signed for a while
+        return ServerFailed(f"The Hub's storage answered {status} ({reason}): {again}.")
     if status == 401:
         return NotLoggedIn(
             f"The Hub does not accept the token ({reason}): run `hf auth login --force`, or set HF_TOKEN to a valid "
@@ -146,11 +185,11 @@ def _explain_status(error: Any) -> UploadError:
         return Forbidden(f"The token lacks permission ({reason}): use one that may write to this namespace.")
     if status == 404:
         return NotFound(f"The Hub found nothing there ({reason}): check --repo-id and --revision.")
-    if status == 409:
+    if status == 409 and path.endswith("/repos/create"):
         return NameTaken(f"The name is taken ({reason}): choose another --repo-id.")
-    if status == 412:
+    if status in (409, 412) and "/commit/" in path:
         return TargetMoved(f"Somebody committed to the target in the meantime ({reason}): run the same command again.")
-    return ServerFailed(f"The Hub answered {status} at {path} ({reason}): run the same command again later to resume.")
+    return ServerFailed(f"The Hub answered {status} at {path} ({reason}): {again}.")
 
 
 def _without_token(text: str) -> str:

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ if __name__ == "__main__":  # import the package `tools`, not the modules beside
 
 from tools.convert.checkpoint import safetensors_tensors
 from tools.convert.tensors import check_finite
-from tools.hub.errors import LocalCheckFailed
+from tools.hub import errors
 
 
 PROMPT = "Coming to the beautiful nature, we found"
@@ -46,12 +47,12 @@ def load_and_generate(where: str, revision: str | None = None) -> dict[str, Any]
         where, **source, dtype="auto", device_map="auto", output_loading_info=True
     )
     if wrong := {key: sorted(map(str, names)) for key, names in report.items() if names}:
-        raise LocalCheckFailed(f"the weights do not match the model: {wrong}")
+        raise errors.LocalCheckFailed(f"the weights do not match the model: {wrong}")
     inputs = tokenizer(PROMPT, return_tensors="pt").to(model.device)
     with torch.no_grad():
         logits = float(model(**inputs, logits_to_keep=1).logits.float().abs().sum())
     if not math.isfinite(logits):
-        raise LocalCheckFailed("the logits are not finite: the weights or the environment are damaged.")
+        raise errors.LocalCheckFailed("the logits are not finite: the weights or the environment are damaged.")
     output = model.generate(**inputs, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False)
     return {"tokens": output[0, inputs["input_ids"].shape[1] :].tolist(), "logits": logits}
 
@@ -61,10 +62,19 @@ def main() -> int:
     parser.add_argument("where", help="folder or repository id")
     parser.add_argument("--revision", help="commit of the repository")
     arguments = parser.parse_args()
-    try:
-        result = load_and_generate(arguments.where, arguments.revision)
-    except Exception as error:  # any failure while loading is the result
-        result = {"error": f"{type(error).__name__}: {error}"}
+    for wait in (1, 5, None):
+        try:
+            result = load_and_generate(arguments.where, arguments.revision)
+            break
+        except Exception as error:  # any failure while loading is the result
+            known = errors.explain(error)
+            network = isinstance(known, errors.NetworkLost | errors.ServerFailed)
+            text = str(known) if network else f"{type(error).__name__}: {error}"
+            result = {"error": " ".join(text.split()), "network": network}
+            # The client itself tries again after a lost connection, and not after an error status of a download.
+            if wait is None or not isinstance(known, errors.ServerFailed):
+                break
+            time.sleep(wait)  # what has been downloaded is in the cache
     print(json.dumps(result))
     return int("error" in result)
 

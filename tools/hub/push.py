@@ -1,24 +1,40 @@
 """Compares a folder with a repository on the Hub, and makes the repository equal to it in one commit."""
 
 import hashlib
+import os
 import re
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import httpx2
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.hf_api import RepoFile
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_backoff, validate_repo_id
+from huggingface_hub.utils._runtime import is_xet_available
 from tqdm import tqdm
 
 from tools.convert.files import hash_file
-from tools.hub.errors import Forbidden, InputError, NameTaken, NotFound, RemoteCheckFailed, TargetMoved
+from tools.hub.errors import (
+    Forbidden,
+    InputError,
+    NameTaken,
+    NetworkLost,
+    NotFound,
+    NotLoggedIn,
+    RemoteCheckFailed,
+    ServerFailed,
+    TargetMoved,
+)
 
 
 TOOL = "upload_to_hub.py"  # in the title of every commit of this tool, which recognises its repositories by it
+
+# By default hf_xet retries for minutes, and waits for each connection for one: longer than anybody watches.
+XET_LIMITS = {"HF_XET_CLIENT_RETRY_MAX_ATTEMPTS": "4", "HF_XET_CLIENT_CONNECT_TIMEOUT": "15s"}
 
 # Files that would be loaded instead of ours, or in addition: other weights, other code, other tokenizers.
 _REPLACED = re.compile(
@@ -85,9 +101,15 @@ def log_in(repo_id: str, revision: str, create_pr: bool) -> tuple[HfApi, str]:
         Forbidden: The token cannot write.
         InputError: The name is not allowed.
         NotFound: The repository does not exist, and the token cannot create it.
+        NotLoggedIn: There is no token, or it cannot be one.
+        ServerFailed: The endpoint is no Hub.
     """
     api = HfApi()
+    if (token := get_token()) and not re.fullmatch(r"[!-~]+", token):
+        raise NotLoggedIn("The token holds a character that no token has, such as a curly quote: copy it again.")
     user = api.whoami()
+    if not isinstance(user, dict) or not isinstance(user.get("name"), str):
+        raise ServerFailed(f"{api.endpoint} does not answer as a Hub does: check HF_ENDPOINT and proxies.")
     role = ((user.get("auth") or {}).get("accessToken") or {}).get("role")
     if role == "read":
         raise Forbidden("The token is read-only: create one with write permission on the Hub's page of access tokens.")
@@ -115,6 +137,8 @@ def fetch_target(api: HfApi, repo_id: str, revision: str) -> Target:
     except RevisionNotFoundError:
         info = api.model_info(repo_id)  # the new branch will start at the default branch
         has_revision = False
+    if info.sha is None:
+        raise ServerFailed(f"{api.endpoint} names no commit of {repo_id}: run the same command again later.")
     tree = api.list_repo_tree(repo_id, recursive=True, revision=info.sha)
     files = {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
     foreign = bool(files.keys() - {".gitattributes"})
@@ -181,6 +205,7 @@ def push(api: HfApi, plan: Plan, title: str, private: bool, create_pr: bool = Fa
 
     Raises:
         NameTaken: Somebody created the repository after the plan was made.
+        NetworkLost: The storage of large files cannot be reached.
         TargetMoved: Somebody committed to the revision after the plan was made.
     """
     target = plan.target
@@ -202,9 +227,37 @@ def push(api: HfApi, plan: Plan, title: str, private: bool, create_pr: bool = Fa
     if not operations and not deletions:
         assert target.head is not None
         return target.head
+    if operations and is_xet_available():
+        _check_storage(api, target, create_pr)
     api.preupload_lfs_files(target.repo_id, additions=operations, revision=target.revision, create_pr=create_pr)
     _check_not_moved(api, target)
     return _commit(api, plan, [*operations, *deletions], title, create_pr)
+
+
+def _check_storage(api: HfApi, target: Target, create_pr: bool) -> None:
+    """Ask for the storage's address and reach it, as hf_xet will: its own errors come minutes later and say less.
+
+    Raises:
+        HfHubHTTPError: The Hub gives no access.
+        NetworkLost: The storage cannot be reached.
+        ServerFailed: The Hub names no storage.
+    """
+    for name, value in XET_LIMITS.items():
+        os.environ.setdefault(name, value)
+    revision = "None" if create_pr else quote(target.revision, safe="")
+    url = f"{api.endpoint}/api/models/{target.repo_id}/xet-write-token/{revision}"
+    response = http_backoff("GET", url, headers=build_hf_headers(), params={"create_pr": "1"} if create_pr else None)
+    hf_raise_for_status(response)
+    address = response.headers.get("X-Xet-Cas-Url", "")
+    if not address.startswith("http"):
+        raise ServerFailed("The Hub names no storage for large files: set HF_HUB_DISABLE_XET=1, and run it again.")
+    try:
+        http_backoff("GET", address, max_retries=2, retry_on_status_codes=(), timeout=10)  # any answer will do
+    except httpx2.TransportError as error:
+        raise NetworkLost(
+            f"The Hub's storage at {address} cannot be reached ({type(error).__name__}: {error}): check a firewall or "
+            "proxy, or set HF_HUB_DISABLE_XET=1; then run the same command again."
+        ) from error
 
 
 def _addition(folder: Path, change: Change) -> CommitOperationAdd:
