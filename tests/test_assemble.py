@@ -233,11 +233,52 @@ def break_config(folder: Path, **changes: object) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
+def write(folder: Path, name: str, content: object) -> None:
+    (folder / name).write_text(json.dumps(content))
+
+
 BAD_FOLDERS = {
     "no config": (lambda f: (f / "config.json").unlink(), "config.json"),
     "config is a pointer": (lambda f: pointer(f / "config.json"), "config.json is a Git LFS pointer"),
     "another model": (lambda f: break_config(f, model_type="internlm2"), "has model_type='internlm2'"),
     "quantised": (lambda f: break_config(f, quantization_config={}), "is quantised: give the unquantised"),
+    "an argument that is none": (lambda f: break_config(f, self=1), "config.json: "),
+    "nested without end": (lambda f: (f / "config.json").write_text('{"a":' * 100_000), "config.json is not JSON"),
+    "added tokens by name are a list": (
+        lambda f: write(f, "added_tokens.json", []),
+        "must hold a JSON object, not list",
+    ),
+    "an added token's id is text": (
+        lambda f: write(f, "added_tokens.json", {"<a>": "x"}),
+        "no added token with the id",
+    ),
+    "an added token's id is a fraction": (lambda f: write(f, "added_tokens.json", {"<a>": 2.5}), "with the id 2.5"),
+    "added tokens are a number": (
+        lambda f: write(f, "tokenizer.json", {"added_tokens": 1}),
+        "added_tokens is no list",
+    ),
+    "an added token is text": (
+        lambda f: write(f, "tokenizer.json", {"added_tokens": ["<a>"]}),
+        "'<a>' is no added token with the id None",
+    ),
+    "an added token has no text": (
+        lambda f: write(f, "tokenizer_config.json", {"added_tokens_decoder": {"103168": {"content": None}}}),
+        "is no added token with the id 103168",
+    ),
+    "an added token's flag is text": (
+        lambda f: write(
+            f, "tokenizer_config.json", {"added_tokens_decoder": {"7": {"content": "a", "special": "no"}}}
+        ),
+        "is no added token with the id 7",
+    ),
+    "a stop token is an object": (
+        lambda f: write(f, "generation_config.json", {"eos_token_id": {"id": 2}}),
+        "must be ids: fix it.",
+    ),
+    "a link out of the folder": (
+        lambda f: ((f.parent / "secret").write_text("{}"), (f / "added_tokens.json").symlink_to(f.parent / "secret")),
+        "outside of its folder: copy the file there.",
+    ),
     "a field out of range": (lambda f: break_config(f, rms_norm_eps=-1), "rms_norm_eps=-1 is not allowed"),
     "no tokenizer": (lambda f: (f / "tokenizer.model").unlink(), "tokenizer.model is missing: put InternLM's there"),
     "tokenizer is a pointer": (lambda f: pointer(f / "tokenizer.model"), "tokenizer.model is a Git LFS pointer"),
@@ -266,6 +307,44 @@ def test_a_bad_folder_gets_one_clear_message(name: str, old: Path, tmp_path: Pat
     assert code == errors.InputError.code, text
     assert message in text
     assert text.count("upload_to_hub.py: ") == 1 and "Traceback" not in text
+
+
+def test_null_stands_for_nothing(old: Path, tmp_path: Path) -> None:
+    """Where a file says that there are no added tokens and no quantisation."""
+    weights = tmp_path / "weights"
+    shutil.copytree(old, weights)
+    break_config(weights, quantization_config=None)
+    write(weights, "tokenizer.json", {"added_tokens": None})
+    write(weights, "tokenizer_config.json", {"added_tokens_decoder": None})
+    assembly = assemble(weights, tmp_path / "out", "internlm-tiny", progress=False)
+    check_files(assembly.out)
+
+
+def test_a_card_that_is_not_text(old: Path, tmp_path: Path) -> None:
+    (tmp_path / "card.md").write_bytes(b"---\nlicense: mit\n---\n\xff")
+    argv = ["--weights", old, "--variant", "internlm-tiny", "--local-dir", tmp_path / "out"]
+    code, text = run_here(*argv, "--card", tmp_path / "card.md")
+    assert code == errors.InputError.code
+    assert "card.md is not UTF-8 text" in text and "Traceback" not in text
+
+
+@pytest.mark.parametrize("pickled", [True, False])
+def test_links_in_the_target_are_replaced_and_never_followed(pickled: bool, old: Path, tmp_path: Path) -> None:
+    """What somebody planted where a file, or its temporary file, will be."""
+    source, out, mine = old if pickled else TINY, tmp_path / "out", tmp_path / "mine"
+    expected = {
+        name: (tmp_path / "first" / name).read_bytes()
+        for name in assemble(source, tmp_path / "first", "internlm-tiny", progress=False).files
+    }
+    mine.write_bytes(b"mine")
+    out.mkdir()
+    for name in expected:
+        (out / name).symlink_to(mine)
+        (out / f"{name}.partial").symlink_to(mine)
+    assembly = assemble(source, out, "internlm-tiny", progress=False)
+    assert mine.read_bytes() == b"mine"
+    assert {name: (out / name).read_bytes() for name in assembly.files} == expected
+    assert not any((out / name).is_symlink() for name in assembly.files)
 
 
 def test_files_in_the_target_are_not_lost(old: Path, tmp_path: Path) -> None:
@@ -354,9 +433,13 @@ def test_chat_variants_stop_at_eoa_and_base_variants_do_not(variant: str) -> Non
 
 
 def test_the_checkpoints_sampling_settings_are_kept(tmp_path: Path) -> None:
+    """And nothing else: people keep paths and tokens there."""
     own = {"temperature": 0.5, "do_sample": True, "eos_token_id": [2, 103027], "transformers_version": "4.33.1"}
+    own |= {"api_key": "hf_secret", "data_path": "/home/me"}
+    notes: list[str] = []
     (tmp_path / "generation_config.json").write_text(json.dumps(own))
-    made = generation_json("internlm-chat-7b", tmp_path, GOLDEN / "tokenizer.model", [])
+    made = generation_json("internlm-chat-7b", tmp_path, GOLDEN / "tokenizer.model", notes)
+    assert notes[0] == "generation_config.json: api_key, data_path left out, which transformers does not know"
     assert made == {
         **{"bos_token_id": 1, "eos_token_id": [2, 103027, 103028], "pad_token_id": 0},
         **{"temperature": 0.5, "do_sample": True},

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -213,6 +214,14 @@ def keep(folder: Path, file: str, part: Callable[[bytes], bytes]) -> None:
     (folder / file).write_bytes(part((folder / file).read_bytes()))
 
 
+def compress(path: Path) -> None:
+    with zipfile.ZipFile(path) as archive:
+        entries = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in entries.items():
+            archive.writestr(name, content)
+
+
 NORM = "model.layers.2.input_layernorm.weight"  # in the second shard
 BREAKS = {
     "truncated at the end": (lambda d: keep(d, SECOND, lambda b: b[:-1]), "truncated"),
@@ -249,6 +258,13 @@ BREAKS = {
     "more layers in config": (lambda d: edit_config(d, num_hidden_layers=5), "which config.json requires"),
     "biases contradict config": (lambda d: edit_config(d, bias=False), 'set "bias": true'),
     "a size is a string": (lambda d: edit_config(d, hidden_size="wide"), "positive integers"),
+    "more layers than any model": (lambda d: edit_config(d, num_hidden_layers=2**24), "16777216 is more than 1024"),
+    "a tensor of nothing": (
+        lambda d: edit_shard(d, lambda s: s.update({NORM: torch.ones(1).expand(1 << 34)})),
+        f"{NORM} is larger than what is stored of it",
+    ),
+    "a compressed archive": (lambda d: compress(d / SECOND), "is compressed and expands to [0-9,]+ bytes or more"),
+    "nested without end": (lambda d: (d / "config.json").write_text('{"a":' * 100_000), "config.json is not JSON"),
     "config is not JSON": (lambda d: (d / "config.json").write_text("no"), "config.json is not JSON"),
 }
 
@@ -660,16 +676,55 @@ def test_llama_copy_of_pickles_and_of_stored_inv_freq(tmp_path):
         assert_equal(read_tensors(folder), golden_state(SEVEN))
 
 
-def test_llama_copy_links_the_file_behind_a_symbolic_link(tmp_path):
+def cached(folder: Path, cache: Path, shared: bool) -> Path:
+    """A snapshot in huggingface_hub's cache with the files of a folder: links to blobs, which may be shared."""
+    repository = cache / "models--internlm--internlm-20b"
+    snapshot, blobs = repository / "snapshots" / "0a1b", (cache if shared else repository) / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for path in folder.iterdir():
+        path.rename(blobs / path.name)
+        (snapshot / path.name).symlink_to(os.path.relpath(blobs / path.name, snapshot))
+    return snapshot
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_llama_copy_links_the_file_behind_a_symbolic_link(shared, tmp_path):
     """The Hub's cache holds symbolic links; the copy must outlive them."""
-    hub = hub_folder(tmp_path / "hub", TWENTY)
-    cache = tmp_path / "cache"
-    cache.mkdir()
-    for path in hub.iterdir():
-        (cache / path.name).symlink_to(path)
-    assert run("llama", cache, tmp_path / "llama", "--no-tokenizer", "--no-logits") == 0
+    snapshot = cached(hub_folder(tmp_path / "hub", TWENTY), tmp_path / "cache", shared)
+    assert run("llama", snapshot, tmp_path / "llama", "--no-tokenizer", "--no-logits") == 0
     assert not any(path.is_symlink() for path in (tmp_path / "llama").iterdir())
     assert_equal(read_tensors(tmp_path / "llama"), golden_state(TWENTY))
+
+
+@pytest.mark.parametrize("command", ["safetensors", "training", "llama"])
+def test_a_link_out_of_the_source_is_refused(command, tmp_path, capsys):
+    """What it points to would be copied, and published with the model."""
+    source, options = source_and_options(command, tmp_path / "source")
+    (tmp_path / "secret").write_text("{}")
+    (source / "generation_config.json").symlink_to(tmp_path / "secret")
+    assert run(command, source, tmp_path / "new", *options) == 1
+    message = "generation_config.json is a link to .*secret, outside of its folder: copy the file there."
+    assert re.search(message, capsys.readouterr().err)
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("command", ["safetensors", "training", "llama"])
+def test_links_in_the_target_are_replaced_and_never_followed(command, tmp_path):
+    source, options = source_and_options(command, tmp_path)
+    new, mine = tmp_path / "new", tmp_path / "mine"
+    assert run(command, source, new, *options) == 0
+    names = [path.name for path in new.iterdir()]
+    expected = {name: (new / name).read_bytes() for name in names}
+    mine.write_bytes(b"mine")
+    for name in names:
+        (new / name).unlink()
+        (new / name).symlink_to(mine)
+        (new / f"{name}.partial").symlink_to(mine)
+    assert run(command, source, new, *options) == 0
+    assert mine.read_bytes() == b"mine"
+    assert not any(path.is_symlink() for path in new.iterdir() if path.suffix != ".partial")
+    assert {name: (new / name).read_bytes() for name in names} == expected
 
 
 def test_llama_tokenizer_needs_no_remote_code(tmp_path):

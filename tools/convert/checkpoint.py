@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from transformers import GenerationConfig
 
-from tools.convert.files import ConversionError, check_not_lfs_pointer, read_json, write_file
+from tools.convert.files import ConversionError, check_links, check_not_lfs_pointer, read_json, write_file
 from tools.convert.pickles import damaged, load_pickle, missing
 from tools.convert.shards import DEFAULT_SHARD_BYTES, DTYPES, INDEX_NAME, SINGLE_NAME, write_shards
 from tools.convert.tensors import Tensor, check_shapes, parameters
@@ -125,6 +126,7 @@ def _safetensor(path: Path, name: str, view: Any) -> Tensor:
 
 def plan_pickles(source: Path) -> list[Tensor]:
     """`pickled_tensors`, compared with the folder's config.json if it has one."""
+    check_links(source)
     tensors = pickled_tensors(source)
     if (source / "config.json").is_file():
         check_shapes(tensors, read_json(source / "config.json"))
@@ -152,6 +154,18 @@ def pickles_to_safetensors(
         ConversionError: The source is damaged, inconsistent or hostile, or the target cannot be written.
     """
     return write_shards(plan_pickles(Path(source)), Path(target), max_shard_bytes, progress)
+
+
+def generation_settings(folder: Path) -> tuple[dict[str, Any], list[str]]:
+    """The settings in a folder's generation_config.json that transformers knows, and the names of all others.
+
+    What else people keep there (paths, notes, tokens of services) must not be published with a model.
+    """
+    path = folder / "generation_config.json"
+    content = read_json(path) if path.is_file() else {}
+    known = GenerationConfig().to_dict().keys() - {"_from_model_config", "transformers_version"}
+    ours = {"_from_model_config", "transformers_version"}
+    return {key: content[key] for key in content if key in known}, sorted(content.keys() - known - ours)
 
 
 def copy_small_files(source: Path, target: Path) -> None:

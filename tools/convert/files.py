@@ -13,6 +13,7 @@ from typing import IO, Any
 
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_READ = (".json", ".jinja", ".model", ".safetensors", ".bin", ".pt")  # suffixes of what the tools read in a checkpoint
 PARTIAL = ".partial"  # suffix of a temporary file, beside the file that it becomes
 
 CHUNK_BYTES = 1 << 26
@@ -32,7 +33,7 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConversionError(f"{path} cannot be read ({error.strerror}).") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConversionError(f"{path} is not JSON ({error}); fetch it again.") from error
     if not isinstance(content, dict):
         raise ConversionError(f"{path} must hold a JSON object, not {type(content).__name__}.")
@@ -64,6 +65,25 @@ def is_lfs_pointer(path: Path) -> bool:
         return file.read(23) == b"version https://git-lfs"
 
 
+def check_links(folder: Path) -> None:
+    """Refuse a checkpoint whose files are links to places outside of it, which would be published with it.
+
+    huggingface_hub's cache is allowed, where the files of a snapshot are links to blobs of the repository, or to blobs
+    that repositories share.
+
+    Raises:
+        ConversionError: A file that the tools may read is such a link.
+    """
+    inside = folder.resolve()
+    roots = [inside]
+    if inside.parent.name == "snapshots":
+        repository = inside.parent.parent
+        roots += [repository / "blobs", repository.parent / "blobs"]
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if path.suffix in _READ and path.is_symlink() and not any(root in path.resolve().parents for root in roots):
+            raise ConversionError(f"{path} is a link to {path.resolve()}, outside of its folder: copy the file there.")
+
+
 def hash_file(path: Path, *hashes: Any, progress: Callable[[int], object] | None = None) -> None:
     """Feed a file to hash objects of hashlib, reading it once; `progress` is called with the size of each block."""
     with path.open("rb") as file:
@@ -89,6 +109,8 @@ def _os_errors_of(path: Path) -> Iterator[None]:
 def new_file(path: Path, times_of: Path | None = None) -> Iterator[IO[bytes]]:
     """Open a file that gets its name, replacing a file of that name, once its content is complete and on disk.
 
+    Links in the place of either are replaced, never followed (CWE-59).
+
     Args:
         path: The file.
         times_of: A file whose modification time and permissions it gets.
@@ -99,7 +121,9 @@ def new_file(path: Path, times_of: Path | None = None) -> Iterator[IO[bytes]]:
     partial = path.with_name(path.name + PARTIAL)
     with _os_errors_of(path):
         try:
-            with partial.open("wb") as file:
+            partial.unlink(missing_ok=True)  # of an interrupted run
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
+            with open(os.open(partial, flags, 0o666), "wb") as file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
@@ -123,12 +147,12 @@ def _sync_folder(folder: Path) -> None:
 
 
 def write_file(path: Path, content: Iterable[bytes | memoryview], bar: Any = None) -> None:
-    """Write a file as `new_file` does. A file that already exists must have the same content, and is kept.
+    """Write a file as `new_file` does. A file (no link) that already exists must have the same content, and is kept.
 
     Raises:
         ConversionError: The file exists with other content (nothing is overwritten), or the disk is full.
     """
-    if path.exists():
+    if path.exists() and not path.is_symlink():
         with _os_errors_of(path), path.open("rb") as file:
             for chunk in content:
                 if file.read(len(chunk)) != chunk:

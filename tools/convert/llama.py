@@ -12,9 +12,10 @@ from typing import Any
 from tqdm import tqdm
 
 from tools import package
-from tools.convert.checkpoint import has_safetensors, pickled_tensors, safetensors_files
+from tools.convert.checkpoint import generation_settings, has_safetensors, pickled_tensors, safetensors_files
 from tools.convert.files import (
     ConversionError,
+    check_links,
     copy_file,
     json_bytes,
     link_or_copy,
@@ -110,7 +111,8 @@ def _link_weights(files: dict[Path, list[Tensor]], target: Path, copy: bool, pro
 
 
 def _link(source: Path, target: Path, copy: bool) -> None:
-    if not target.exists():
+    if target.is_symlink() or not target.exists():
+        target.unlink(missing_ok=True)
         (copy_file if copy else link_or_copy)(source, target)
     elif not target.samefile(source):
         write_file(target, read_chunks(source))  # compares them
@@ -167,6 +169,7 @@ def plan_llama(source: Path, context: int | None = None, tokenizer: bool = True)
     Raises:
         ConversionError: The source is damaged, inconsistent or not InternLM v1.
     """
+    check_links(source)
     settings = read_json(source / "config.json")
     config = llama_config(settings, context)
     files = llama_tokenizer(source) if tokenizer else {}
@@ -175,7 +178,8 @@ def plan_llama(source: Path, context: int | None = None, tokenizer: bool = True)
         "tokenizer: " + (", ".join(files) or "none, as requested"),
     ]
     if (source / "generation_config.json").is_file():
-        files["generation_config.json"] = (source / "generation_config.json").read_bytes()
+        generation, _ = generation_settings(source)
+        files["generation_config.json"] = json_bytes(generation)
     made = LlamaCopy(settings, config, files, _plan_weights(source, config), notes)
     config["torch_dtype"] = dtype_name(made.tensors[0].dtype)  # the name that every version reads
     return made

@@ -2,6 +2,7 @@
 
 import pickle
 import re
+import zipfile
 from pathlib import Path
 
 import torch
@@ -22,6 +23,9 @@ def load_pickle(path: Path) -> dict[str, torch.Tensor]:
     content = load_untrusted(path)
     if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
         raise ConversionError(f"{path} does not hold a plain dictionary of tensors; it is not a model's weights.")
+    for name, value in content.items():
+        if value.is_sparse or value.is_meta or value.numel() * value.itemsize > value.untyped_storage().nbytes():
+            raise ConversionError(f"{path}: {name} is larger than what is stored of it; do not use this checkpoint.")
     return {str(name): value.detach() for name, value in content.items()}
 
 
@@ -33,8 +37,12 @@ def load_untrusted(path: Path) -> object:
     with path.open("rb") as file:
         zipped = file.read(2) == b"PK"
     try:
+        if zipped:
+            _check_not_compressed(path)
         # Only the zip format, PyTorch's since 1.6, can be mapped; an older file is read into memory.
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except ConversionError:
+        raise
     except pickle.UnpicklingError as error:
         if _FOREIGN_CODE.search(str(error)) is None:
             raise damaged(path, error) from error
@@ -44,6 +52,16 @@ def load_untrusted(path: Path) -> object:
         ) from error
     except Exception as error:  # damaged bytes can raise anything
         raise damaged(path, error) from error
+
+
+def _check_not_compressed(path: Path) -> None:
+    """Refuse an archive that expands when it is read. PyTorch compresses nothing."""
+    with zipfile.ZipFile(path) as archive:
+        if packed := [entry for entry in archive.infolist() if entry.compress_type != zipfile.ZIP_STORED]:
+            size = sum(entry.file_size for entry in packed)
+            raise ConversionError(
+                f"{path} is compressed and expands to {size:,} bytes or more, unlike PyTorch's files; do not use it."
+            )
 
 
 def missing(path: Path) -> ConversionError:

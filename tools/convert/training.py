@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from tools import package
-from tools.convert.files import ConversionError, read_json
+from tools.convert.files import ConversionError, check_links, read_json
 from tools.convert.pickles import load_pickle, load_untrusted
 from tools.convert.tensors import Tensor, dtype_name
 
@@ -160,6 +160,7 @@ def training_tensors(folder: Path, dtype: torch.dtype | None = None) -> list[Ten
     Raises:
         ConversionError: A shard is missing, damaged or hostile, or the shards do not match each other.
     """
+    check_links(folder)
     grid = _grid(folder)
     open_file = lru_cache(maxsize=len(grid))(load_pickle)  # the ranks of a stage are needed together
     shares = _shares(grid, open_file)

@@ -16,6 +16,7 @@ from tools.convert.files import (
     DISK_FULL,
     PARTIAL,
     ConversionError,
+    check_links,
     check_not_lfs_pointer,
     copy_file,
     json_bytes,
@@ -92,6 +93,7 @@ def assemble(
     """
     weights, out = Path(weights), Path(out)
     try:
+        check_links(weights)
         config, raw = load_config(weights)
         variant, how = detect(weights, config, variant)
         notes = [f"variant {variant}, {how}"]
@@ -106,7 +108,7 @@ def assemble(
         names, stored = _write_weights(weights, out, config.to_dict(), progress)
         made["config.json"] = config_json(variant, config, raw, stored, notes)
         _write_small_files(out, variant, vocab_file, made)
-        text = (card or ROOT / "README.md").read_text(encoding="utf-8")
+        text = _card_text(card or ROOT / "README.md")
         _write(out / "README.md", text if card else fill_in_card(text, variant, made["config.json"], repo_id))
     except (OSError, ConversionError) as error:
         reason = error if isinstance(error, OSError) else error.__cause__
@@ -177,8 +179,8 @@ def _link_weights(weights: Path, out: Path, config: dict[str, Any], progress: bo
 
 
 def _is_there(source: Path, target: Path) -> bool:
-    """Whether a target is a link to, or a copy of, its source."""
-    if not target.exists():
+    """Whether a target is a hard link to, or a copy of, its source."""
+    if target.is_symlink() or not target.exists():
         return False
     old, new = source.stat(), target.stat()
     return target.samefile(source) or (new.st_size, new.st_mtime_ns) == (old.st_size, old.st_mtime_ns)
@@ -193,6 +195,13 @@ def _write_small_files(out: Path, variant: str, vocab_file: Path, generated: dic
     for name, content in generated.items():
         _write(out / name, json_bytes(content).decode())
     copy_file(vocab_file, out / "tokenizer.model")
+
+
+def _card_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 text ({error}): save it as such.") from error
 
 
 def _write(path: Path, content: str) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tools import package
+from tools.convert.checkpoint import generation_settings
 from tools.convert.files import check_not_lfs_pointer, hash_file, read_json
 from tools.hub.errors import InputError
 from tools.package import ROOT
@@ -61,11 +62,11 @@ def load_config(weights: Path) -> tuple[Any, dict[str, Any]]:
             f'{path} has model_type={raw.get("model_type")!r}, and this code is for InternLM v1 ("internlm") only: '
             "load other models with their own code."
         )
-    if "quantization_config" in raw:
+    if raw.get("quantization_config") is not None:
         raise InputError(f"{weights} is quantised: give the unquantised checkpoint, and quantise the result.")
     try:
         return package.load("configuration").InternLMConfig(**raw), raw
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise InputError(f"{path}: {error}") from error
 
 
@@ -120,11 +121,14 @@ def config_json(variant: str, config: Any, raw: dict[str, Any], stored: str, not
 
 def generation_json(variant: str, weights: Path, vocab_file: Path, notes: list[str]) -> dict[str, Any]:
     """generation_config.json of the repository: the checkpoint's sampling settings, the variant's stop tokens."""
-    own = weights / "generation_config.json"
-    settings = read_json(own) if own.is_file() else {}
-    settings = {key: settings[key] for key in settings.keys() - {"_from_model_config", "transformers_version"}}
+    settings, unknown = generation_settings(weights)
+    if unknown:
+        notes.append(f"generation_config.json: {', '.join(unknown)} left out, which transformers does not know")
     fixed = read_json(variant_file(variant, "generation_config.json"))
-    stops = [2, *_as_list(settings.get("eos_token_id"))]
+    own = _as_list(settings.get("eos_token_id"))
+    if not all(type(token) is int for token in own):
+        raise InputError(f"{weights / 'generation_config.json'}: eos_token_id {own} must be ids: fix it.")
+    stops = [2, *own]
     if is_chat(variant):
         stops.append(_piece_id(vocab_file, "<eoa>"))
         if settings and stops[-1] not in stops[:-1]:
@@ -183,16 +187,36 @@ def tokenizer_json(weights: Path, pieces: int, vocab_size: int, notes: list[str]
     return {**made, "added_tokens_decoder": {str(number): added[number] for number in sorted(added)}}
 
 
+_FLAGS = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
+
+
 def _added_tokens(weights: Path) -> dict[int, dict[str, Any]]:
     """The added tokens of a tokenizer, by id, from the three files in which transformers has stored them."""
+    plain, listed, by_id = (weights / f"{name}.json" for name in ("added_tokens", "tokenizer", "tokenizer_config"))
+    found = [_token(plain, number, {"content": text, **_FLAGS}) for text, number in _part(plain, None, dict).items()]
+    found += [_token(listed, _field(entry, "id"), entry) for entry in _part(listed, "added_tokens", list)]
+    found += [_token(by_id, number, entry) for number, entry in _part(by_id, "added_tokens_decoder", dict).items()]
+    return dict(found)
 
-    def read(name: str) -> dict[str, Any]:
-        return read_json(weights / name) if (weights / name).is_file() else {}
 
-    flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
-    found = {number: {**flags, "content": content} for content, number in read("added_tokens.json").items()}
-    listed = read("tokenizer.json").get("added_tokens", [])
-    found |= {token["id"]: {key: value for key, value in token.items() if key != "id"} for token in listed}
-    return found | {
-        int(number): token for number, token in read("tokenizer_config.json").get("added_tokens_decoder", {}).items()
-    }
+def _part(path: Path, key: str | None, kind: type) -> Any:
+    """The value of a key in a JSON file, or all of it; empty if there is none."""
+    content = read_json(path) if path.is_file() else {}
+    value = content if key is None else content.get(key)
+    if not isinstance(value, kind | None):
+        raise InputError(f"{path}: {key} is no {kind.__name__}: fix it, or remove the file.")
+    return value or kind()
+
+
+def _field(entry: Any, key: str) -> Any:
+    return entry.get(key) if isinstance(entry, dict) else None
+
+
+def _token(path: Path, number: Any, entry: Any) -> tuple[int, dict[str, Any]]:
+    """An id and a token of a tokenizer's file, without fields that tokens do not have."""
+    number = int(number) if isinstance(number, str) and number.isdecimal() else number
+    flags = {key: _field(entry, key) for key in _FLAGS if _field(entry, key) is not None}
+    content = _field(entry, "content")
+    if [type(number), type(content), *map(type, flags.values())] != [int, str, *[bool] * len(flags)]:
+        raise InputError(f"{path}: {entry!r} is no added token with the id {number!r}: fix it, or remove the file.")
+    return number, {"content": content, **flags}
