@@ -194,6 +194,13 @@ class _Code:
         return open, (str(self.marker), "w")
 
 
+class _Bytes:
+    """A hundred bytes that would become a gigabyte."""
+
+    def __reduce__(self):
+        return bytearray, (1 << 30,)
+
+
 def edit_index(folder: Path, change: Callable[[dict], None], file: str = INDEX) -> None:
     index = json.loads((folder / file).read_text())
     change(index["weight_map"])
@@ -263,7 +270,12 @@ BREAKS = {
         lambda d: edit_shard(d, lambda s: s.update({NORM: torch.ones(1).expand(1 << 34)})),
         f"{NORM} is larger than what is stored of it",
     ),
-    "a compressed archive": (lambda d: compress(d / SECOND), "is compressed and expands to [0-9,]+ bytes or more"),
+    "a compressed archive": (lambda d: compress(d / SECOND), "expands when it is loaded"),
+    "bytes made by number": (lambda d: torch.save({NORM: _Bytes()}, d / SECOND), "expands when it is loaded"),
+    "bytes made by number, before PyTorch 1.6": (
+        lambda d: torch.save({NORM: _Bytes()}, d / SECOND, _use_new_zipfile_serialization=False),
+        "expands when it is loaded",
+    ),
     "nested without end": (lambda d: (d / "config.json").write_text('{"a":' * 100_000), "config.json is not JSON"),
     "config is not JSON": (lambda d: (d / "config.json").write_text("no"), "config.json is not JSON"),
 }

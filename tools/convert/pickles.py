@@ -1,9 +1,13 @@
 """Reads PyTorch files without ever running code that is in them."""
 
+import io
+import os
 import pickle
+import pickletools
 import re
 import zipfile
 from pathlib import Path
+from typing import IO
 
 import torch
 
@@ -12,6 +16,8 @@ from tools.convert.files import ConversionError, check_not_lfs_pointer
 
 # What PyTorch's restricted unpickler says of a pickle that names a function or class beyond tensors and containers.
 _FOREIGN_CODE = re.compile(r"Unsupported (global|class)|GLOBAL|Can only|Trying to")
+
+_LEGACY_PICKLES = 4  # in a file from before PyTorch 1.6: a magic number, a version, the machine's sizes, the content
 
 
 def load_pickle(path: Path) -> dict[str, torch.Tensor]:
@@ -37,8 +43,7 @@ def load_untrusted(path: Path) -> object:
     with path.open("rb") as file:
         zipped = file.read(2) == b"PK"
     try:
-        if zipped:
-            _check_not_compressed(path)
+        _check_size(path, zipped)
         # Only the zip format, PyTorch's since 1.6, can be mapped; an older file is read into memory.
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except ConversionError:
@@ -54,14 +59,33 @@ def load_untrusted(path: Path) -> object:
         raise damaged(path, error) from error
 
 
-def _check_not_compressed(path: Path) -> None:
-    """Refuse an archive that expands when it is read. PyTorch compresses nothing."""
+def _check_size(path: Path, zipped: bool) -> None:
+    """Refuse a file that expands when it is loaded: compressed, which PyTorch's are not, or with bytes made by number.
+
+    Raises:
+        ConversionError: It would expand.
+        Exception: It is no PyTorch file.
+    """
+    grows = ConversionError(f"{path} expands when it is loaded, as no weights do; do not use this checkpoint.")
+    if not zipped:
+        with path.open("rb") as file:
+            return _check_pickles(file, _LEGACY_PICKLES, grows)
     with zipfile.ZipFile(path) as archive:
-        if packed := [entry for entry in archive.infolist() if entry.compress_type != zipfile.ZIP_STORED]:
-            size = sum(entry.file_size for entry in packed)
-            raise ConversionError(
-                f"{path} is compressed and expands to {size:,} bytes or more, unlike PyTorch's files; do not use it."
-            )
+        entries = archive.infolist()
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+            raise grows
+        for entry in entries:
+            if entry.filename.endswith(".pkl"):
+                _check_pickles(io.BytesIO(archive.read(entry)), 1, grows)
+
+
+def _check_pickles(file: IO[bytes], count: int, error: ConversionError) -> None:
+    for _ in range(count):
+        if not file.read(1):
+            return
+        file.seek(-1, os.SEEK_CUR)
+        if any(isinstance(value, str) and "bytearray" in value for _, value, _ in pickletools.genops(file)):
+            raise error
 
 
 def missing(path: Path) -> ConversionError:
