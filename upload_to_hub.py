@@ -20,6 +20,7 @@ import os
 import shutil
 import signal
 import sys
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,9 +33,9 @@ if __name__ == "__main__" and (missing := [name for name in NEEDED if importlib.
     print(f"upload_to_hub.py: {', '.join(missing)} missing: pip install -r requirements.txt", file=sys.stderr)
     sys.exit(errors.InputError.code)
 
-from tools.hub.assemble import Assembly, assemble  # noqa: E402
+from tools.hub.assemble import Assembly, assemble, check_out  # noqa: E402
 from tools.hub.check import check_files, check_loading  # noqa: E402
-from tools.hub.variant import variants  # noqa: E402
+from tools.hub.variant import CUSTOM, PROMPT_FORMATS, variants  # noqa: E402
 
 
 if TYPE_CHECKING:
@@ -59,7 +60,8 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FOLDER",
         help="the checkpoint: config.json, tokenizer.model and *.safetensors or pytorch_model*.bin; only read",
     )
-    add("--variant", help=f"the variant, if it cannot be detected: {', '.join(variants())}")
+    add("--variant", help=f"the variant, if it cannot be detected: {', '.join((*variants(), CUSTOM))}")
+    add("--prompt-format", choices=tuple(PROMPT_FORMATS), help="how a custom variant was trained to chat")
     add("--tokenizer", type=Path, metavar="FILE", help="tokenizer.model, if it is not in the weights folder")
     add("--card", type=Path, metavar="FILE", help="your own README.md instead of the filled-in one")
     add(
@@ -74,7 +76,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--revision", default="main", help="branch, created if it does not exist (default: %(default)s)")
     add("--create-pr", action="store_true", help="open a pull request instead of committing to the branch")
     add("--public", action="store_true", help="make a new repository public (default: private)")
-    add("--dry-run", action="store_true", help="show the plan, and write nothing to the Hub")
+    add(
+        "--dry-run",
+        action="store_true",
+        help="show the plan; assemble in a temporary folder (pickles are converted there), and write nothing else",
+    )
     add("--yes", action="store_true", help="overwrite a repository that this tool did not create")
     add("--no-verify-remote", action="store_true", help="compare hashes only, do not download and load the commit")
     return parser
@@ -98,11 +104,25 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def _run(arguments: argparse.Namespace) -> None:
+    if not arguments.dry_run:
+        return _run_steps(arguments)
+    out = arguments.local_dir.absolute()
+    check_out(out, arguments.weights)
+    parent = next(folder for folder in out.parents if folder.is_dir())  # on the same disk, where links are possible
+    with tempfile.TemporaryDirectory(prefix=f"{out.name}-dry-run-", dir=parent) as folder:
+        arguments.local_dir = Path(folder) / out.name
+        _run_steps(arguments)
+    print("Dry run: nothing was written.")
+
+
+def _run_steps(arguments: argparse.Namespace) -> None:
     """The five steps; without --repo-id the first two."""
     if arguments.repo_id is None:
         assembly = _assemble(arguments, None)
         _verify_folder(assembly, arguments)
-        return print(f"{assembly.out} is a complete repository of {assembly.variant}.")
+        if not arguments.dry_run:
+            print(f"{assembly.out} is a complete repository of {assembly.variant}.")
+        return
 
     from tools.hub.push import log_in
 
@@ -111,7 +131,7 @@ def _run(arguments: argparse.Namespace) -> None:
     local = _verify_folder(assembly, arguments)
     plan = _plan(api, repo_id, assembly, arguments)
     if arguments.dry_run:
-        return print("Dry run: nothing was written.")
+        return
     commit = _upload(api, plan, assembly, arguments)
     _verify_commit(api, plan, commit, assembly, local, arguments)
     print(
@@ -124,7 +144,13 @@ def _run(arguments: argparse.Namespace) -> None:
 def _assemble(arguments: argparse.Namespace, repo_id: str | None) -> Assembly:
     print(f"Assembling {arguments.local_dir}")
     assembly = assemble(
-        arguments.weights, arguments.local_dir, arguments.variant, arguments.tokenizer, arguments.card, repo_id
+        arguments.weights,
+        arguments.local_dir,
+        arguments.variant,
+        arguments.tokenizer,
+        arguments.card,
+        repo_id,
+        prompt_format=arguments.prompt_format,
     )
     for note in assembly.notes:
         print(f"  - {note}")

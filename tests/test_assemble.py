@@ -309,6 +309,48 @@ def test_a_bad_folder_gets_one_clear_message(name: str, old: Path, tmp_path: Pat
     assert text.count("upload_to_hub.py: ") == 1 and "Traceback" not in text
 
 
+@pytest.mark.parametrize("prompt_format", ["early", "later", "none"])
+def test_a_custom_model_chooses_its_prompt_format(prompt_format: str, old: Path, tmp_path: Path) -> None:
+    """Sizes that are no variant's; template and stop tokens as asked for, and a card that chats or does not."""
+    argv = ["--weights", old, "--local-dir", tmp_path / "out", "--no-verify-local"]
+    code, text = run_here(*argv)
+    assert code == errors.InputError.code
+    assert "matches the sizes of no variant" in text and "--variant custom --prompt-format early|later|none" in text
+    code, text = run_here(*argv, "--variant", "custom")
+    assert code == errors.InputError.code and "--variant custom needs --prompt-format early, later, none" in text
+    code, text = run_here(*argv, "--variant", "custom", "--prompt-format", prompt_format)
+    assert code == 0, text
+    template = "variants/early_chat_template.jinja" if prompt_format == "early" else "chat_template.jinja"
+    assert (tmp_path / "out" / "chat_template.jinja").read_bytes() == (ROOT / template).read_bytes()
+    generation = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert generation["eos_token_id"] == (2 if prompt_format == "none" else [2, 103028])
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (config["hidden_size"], config["num_hidden_layers"]) == (SMALL["hidden_size"], SMALL["num_hidden_layers"])
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert "A model of its own sizes, in the architecture of InternLM v1: 2 layers, width 4" in card
+    assert ('"internlm/internlm-chat-20b"' in card) == (prompt_format == "none")
+
+
+def test_a_prompt_format_is_for_custom_models_only(tmp_path: Path) -> None:
+    code, text = run_here("--weights", TINY, "--local-dir", tmp_path / "out", "--prompt-format", "early")
+    assert code == errors.InputError.code
+    assert "--prompt-format early is for --variant custom only" in text
+
+
+@pytest.mark.parametrize("pickled", [True, False])
+def test_a_dry_run_writes_nothing(pickled: bool, old: Path, tmp_path: Path) -> None:
+    weights, out = old if pickled else TINY, tmp_path / "new" / "out"
+    argv = ["--weights", weights, "--variant", "internlm-tiny", "--local-dir", out, "--no-verify-local", "--dry-run"]
+    code, text = run_here(*argv)
+    assert code == 0, text
+    assert text.endswith("Dry run: nothing was written.\n")
+    assert list(tmp_path.iterdir()) == []
+    out.mkdir(parents=True)
+    (out / "thesis.tex").write_text("mine")
+    code, text = run_here(*argv)
+    assert code == errors.InputError.code and "thesis.tex" in text  # as without --dry-run
+
+
 def test_null_stands_for_nothing(old: Path, tmp_path: Path) -> None:
     """Where a file says that there are no added tokens and no quantisation."""
     weights = tmp_path / "weights"

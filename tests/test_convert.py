@@ -297,6 +297,11 @@ def test_a_broken_source_is_one_clear_error(name, tmp_path, capsys):
     assert all(file.startswith("model-") and file.endswith(".safetensors") for file in tree(tmp_path / "new"))
 
 
+def test_safetensors_need_no_conversion(tmp_path, capsys):
+    assert run("safetensors", hub_folder(tmp_path / "hub", TWENTY), tmp_path / "new") == 1
+    assert "holds safetensors already: there is nothing to convert." in capsys.readouterr().err
+
+
 def test_missing_biases_contradict_the_config(tmp_path):
     old = pickled_checkpoint(tmp_path / "old", golden_state(TWENTY), official_config(TWENTY, bias=True))
     with pytest.raises(ConversionError, match='no attention biases.*set "bias": false'):

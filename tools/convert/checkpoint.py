@@ -127,6 +127,8 @@ def _safetensor(path: Path, name: str, view: Any) -> Tensor:
 def plan_pickles(source: Path) -> list[Tensor]:
     """`pickled_tensors`, compared with the folder's config.json if it has one."""
     check_links(source)
+    if has_safetensors(source) and not has_pickles(source):
+        raise ConversionError(f"{source} holds safetensors already: there is nothing to convert.")
     tensors = pickled_tensors(source)
     if (source / "config.json").is_file():
         check_shapes(tensors, read_json(source / "config.json"))

@@ -34,6 +34,7 @@ from tools.hub.variant import (
     detect,
     generation_json,
     load_config,
+    template_of,
     tokenizer_json,
     variant_file,
 )
@@ -49,7 +50,7 @@ class Assembly:
     """The result of `assemble`."""
 
     out: Path  # the folder
-    variant: str  # a name in variants/, or internlm-tiny
+    variant: str  # a name in variants/, internlm-tiny, or custom
     files: list[str]  # the names in `out`: exactly these are the repository
     notes: list[str] = field(default_factory=list)  # decisions that the user should know, one line each
 
@@ -67,6 +68,7 @@ def assemble(
     card: Path | None = None,
     repo_id: str | None = None,
     progress: bool = True,
+    prompt_format: str | None = None,
 ) -> Assembly:
     """Make `out` the complete model repository of the checkpoint in `weights`, which is only read.
 
@@ -76,12 +78,13 @@ def assemble(
     Args:
         weights: Folder with config.json, the weights (safetensors or pytorch_model*.bin) and tokenizer.model.
         out: Folder to create; on a second run the same one.
-        variant: A name in variants/, or internlm-tiny; None detects it from config.json, and from the folder's name
-            where two variants have equal sizes.
+        variant: A name in variants/, internlm-tiny, or custom; None detects it from config.json, and from the folder's
+            name where two variants have equal sizes.
         tokenizer: tokenizer.model, if it is not in `weights`.
         card: A README.md to use instead of this package's.
         repo_id: The repository's future name, for the card; None means internlm/<variant>.
         progress: Whether to show progress bars.
+        prompt_format: The chat template and stop tokens of a custom variant: early, later or none.
 
     Returns:
         The folder, the variant, the repository's files and the decisions made.
@@ -94,22 +97,26 @@ def assemble(
     weights, out = Path(weights), Path(out)
     try:
         check_links(weights)
+        template = template_of(variant, prompt_format)
         config, raw = load_config(weights)
         variant, how = detect(weights, config, variant)
+        template = template or variant
         notes = [f"variant {variant}, {how}"]
         vocab_file = tokenizer or weights / "tokenizer.model"
         pieces = check_tokenizer(vocab_file, config.vocab_size, notes)
         made = {
-            "generation_config.json": generation_json(variant, weights, vocab_file, notes),
+            "generation_config.json": generation_json(template, weights, vocab_file, notes),
             "tokenizer_config.json": tokenizer_json(weights, pieces, config.vocab_size, notes),
         }
-        _check_out(out, weights)
+        check_out(out, weights)
         out.mkdir(parents=True, exist_ok=True)
         names, stored = _write_weights(weights, out, config.to_dict(), progress)
         made["config.json"] = config_json(variant, config, raw, stored, notes)
-        _write_small_files(out, variant, vocab_file, made)
+        _write_small_files(out, template, vocab_file, made)
         text = _card_text(card or ROOT / "README.md")
-        _write(out / "README.md", text if card else fill_in_card(text, variant, made["config.json"], repo_id))
+        _write(
+            out / "README.md", text if card else fill_in_card(text, variant, made["config.json"], repo_id, template)
+        )
     except (OSError, ConversionError) as error:
         reason = error if isinstance(error, OSError) else error.__cause__
         if isinstance(reason, OSError) and reason.errno in DISK_FULL:
@@ -121,7 +128,7 @@ def assemble(
     return Assembly(out, variant, [*SMALL_FILES, *names], notes)
 
 
-def _check_out(out: Path, weights: Path) -> None:
+def check_out(out: Path, weights: Path) -> None:
     """Refuse a folder in which something could be lost."""
     if out.resolve() in (weights.resolve(), ROOT, *ROOT.parents):
         raise InputError(f"{out} is in use: give --local-dir another folder.")

@@ -7,7 +7,7 @@ uploaded become plain text.
 import re
 from typing import Any
 
-from tools.hub.variant import TINY
+from tools.hub.variant import CUSTOM, TINY
 
 
 # Headings in README.md, English and Chinese, by the variants they apply to; all others apply to every variant.
@@ -41,6 +41,8 @@ def _what(variant: str) -> dict[str, str]:
     """The kind of model, by language."""
     if variant == TINY:
         return {"en": "A demonstration model of a few megabytes, in the architecture", "zh": "几兆字节的演示模型"}
+    if variant == CUSTOM:
+        return {"en": "A model of its own sizes, in the architecture", "zh": "自定义规模的模型"}
     english, chinese = ("20", "200") if variant.endswith("20b") else ("7", "70")
     kind = ("chat", "对话") if "-chat-" in variant else ("base", "基座")
     return {
@@ -49,14 +51,17 @@ def _what(variant: str) -> dict[str, str]:
     }
 
 
-def fill_in_card(text: str, variant: str, config: dict[str, Any], repo_id: str | None = None) -> str:
+def fill_in_card(
+    text: str, variant: str, config: dict[str, Any], repo_id: str | None = None, template: str | None = None
+) -> str:
     """The card of a variant.
 
     Args:
         text: README.md of this package.
-        variant: A name of variants/, or internlm-tiny.
+        variant: A name of variants/, internlm-tiny, or custom.
         config: config.json of the repository.
         repo_id: The repository that the snippets load; None means internlm/<variant>.
+        template: The variant whose chat template it has; None means its own.
     """
     found = _FRONT.match(text)
     front, body = (found.group(), text[found.end() :]) if found else ("---\nlicense: apache-2.0\n---\n", text)
@@ -68,7 +73,9 @@ def fill_in_card(text: str, variant: str, config: dict[str, Any], repo_id: str |
     parts = re.split(r"^(?=# 中文说明)", body, flags=re.MULTILINE)
     made = zip(parts, ("en", "zh"), strict=False)
     card = "".join(_fill_in(part, language, variant, config, dropped) for part, language in made)
-    chats = "-chat-" in variant or variant == TINY  # the Chat section's examples then load this repository
+    chats = (
+        "-chat-" in (template or variant) or variant == TINY
+    )  # the Chat section's examples then load this repository
     for name in ("internlm/internlm-20b", *(("internlm/internlm-chat-20b",) if chats else ())):
         card = card.replace(f'"{name}"', f'"{repo_id or "internlm/" + variant}"')
     return front + "\n" + _RELATIVE_LINK.sub(r"\1", card)

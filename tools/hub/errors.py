@@ -185,9 +185,7 @@ def _explain_status(status: int, path: str, reason: str) -> UploadError:
         return Forbidden(f"The token lacks permission ({reason}): use one that may write to this namespace.")
     if status == 404:
         return NotFound(f"The Hub found nothing there ({reason}): check --repo-id and --revision.")
-    if status == 409 and path.endswith("/repos/create"):
-        return NameTaken(f"The name is taken ({reason}): choose another --repo-id.")
-    if status in (409, 412) and "/commit/" in path:
+    if status in (409, 412) and re.search("/commit/|/branch/", path):
         return TargetMoved(f"Somebody committed to the target in the meantime ({reason}): run the same command again.")
     return ServerFailed(f"The Hub answered {status} at {path} ({reason}): {again}.")
 

@@ -16,6 +16,9 @@ from tools.package import ROOT
 
 
 TINY = "internlm-tiny"  # the demonstration model, whose config.json is beside its weights, in checkpoints/tiny
+CUSTOM = "custom"  # a model of this architecture in sizes of its own
+# --prompt-format of a custom model: the variant whose chat template and stop tokens it gets.
+PROMPT_FORMATS = {"early": "internlm-chat-7b", "later": "internlm-chat-20b", "none": "internlm-20b"}
 OFFICIAL_TOKENIZER = "aab622d98c98677a1a51f969e25765154487bf3e85c7819db105db2fcacba83f"
 
 # The sizes that distinguish variants. Not the window: a fine-tuned model may have another.
@@ -28,8 +31,23 @@ _CHECKPOINT_FIELDS = (
 
 
 def variants() -> list[str]:
-    """Every name that --variant accepts."""
+    """Every name that --variant accepts, without "custom"."""
     return [*sorted(path.name for path in (ROOT / "variants").iterdir() if path.is_dir()), TINY]
+
+
+def template_of(variant: str | None, prompt_format: str | None) -> str | None:
+    """The variant whose chat template and stop tokens a --variant gets, None if it is to be detected.
+
+    Raises:
+        InputError: A custom model's prompt format is not given, or that of another.
+    """
+    if variant == CUSTOM and prompt_format is None:
+        raise InputError(
+            f"--variant {CUSTOM} needs --prompt-format {', '.join(PROMPT_FORMATS)}: how the model was trained to chat."
+        )
+    if variant != CUSTOM and prompt_format is not None:
+        raise InputError(f"--prompt-format {prompt_format} is for --variant {CUSTOM} only: others have their own.")
+    return PROMPT_FORMATS[prompt_format] if prompt_format else variant
 
 
 def variant_file(variant: str, name: str) -> Path:
@@ -79,16 +97,19 @@ def detect(weights: Path, config: Any, asked: str | None) -> tuple[str, str]:
         asked: The user's --variant, which must have the checkpoint's sizes.
     """
     known = {name: variant_config(name) for name in variants()}
-    if asked is not None and asked not in known:
-        raise InputError(f"--variant {asked} is unknown: choose one of {', '.join(known)}.")
+    if asked is not None and asked not in (*known, CUSTOM):
+        raise InputError(f"--variant {asked} is unknown: choose one of {', '.join((*known, CUSTOM))}.")
     same = [name for name in known if all(known[name].get(key) == getattr(config, key) for key in _SIZES)]
-    if asked == TINY or asked in same:
+    if asked in (TINY, CUSTOM, *same):
         return asked, "as requested"
     sizes = ", ".join(f"{key} {getattr(config, key)}" for key in _SIZES)
     if asked is not None:
         raise InputError(f"{weights} ({sizes}) is not {asked}: leave --variant out, or give other weights.")
     if not same:
-        raise InputError(f"{weights} ({sizes}) matches the sizes of no variant: there are {', '.join(known)}.")
+        raise InputError(
+            f"{weights} ({sizes}) matches the sizes of no variant: there are {', '.join(known)}. If it is a model of its "
+            f"own, add --variant {CUSTOM} --prompt-format {'|'.join(PROMPT_FORMATS)}."
+        )
     window = config.max_position_embeddings
     fitting = [name for name in same if known[name]["max_position_embeddings"] == window] or same
     if len(fitting) == 1:
@@ -106,7 +127,7 @@ def config_json(variant: str, config: Any, raw: dict[str, Any], stored: str, not
     base = variant_config(variant)
     fields = {key: getattr(config, key) for key in _CHECKPOINT_FIELDS}
     for key, value in fields.items():
-        if variant != TINY and base.get(key) != value:
+        if variant not in (TINY, CUSTOM) and base.get(key) != value:
             notes.append(f"config.json: {key} {value} is the checkpoint's own ({variant} has {base.get(key)})")
     if raw.get("pad_token_id") not in (0, None):
         notes.append(f"config.json: pad_token_id {raw['pad_token_id']} becomes 0 (<unk>): a stop token must not pad")
