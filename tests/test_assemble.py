@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import errno
 import io
 import json
 import os
@@ -14,10 +15,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
+import httpx2
 import pytest
 import torch
 import yaml
-from safetensors.torch import save_file
+from huggingface_hub.errors import OfflineModeIsEnabled
+from safetensors.torch import load_file, save_file
 
 import upload_to_hub
 from tools.convert.files import ConversionError
@@ -98,6 +101,88 @@ def test_it_asks_before_overwriting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("builtins.input", lambda question: "")
     with pytest.raises(errors.NameTaken):
         upload_to_hub._confirm(target, arguments)
+
+
+def test_the_folder_is_beside_the_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also beside the folder in which one is."""
+    (tmp_path / "mine").mkdir()
+    monkeypatch.chdir(tmp_path / "mine")
+    for weights in (".", "../mine", str(tmp_path / "mine")):
+        made = upload_to_hub._arguments(["--weights", weights, "--repo-id", "a/b"])
+        assert made.local_dir == tmp_path / "mine-hub"
+
+
+def test_ctrl_c_while_assembling(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(upload_to_hub, "_assemble", interrupt)
+    code, text = run_here("--weights", TINY, "--local-dir", tmp_path / "out")
+    assert code == errors.INTERRUPTED
+    assert text == "\nInterrupted: run the same command again to resume.\n"
+
+
+def caused_by(cause: Exception, explicitly: bool) -> Exception:
+    """An exception that another one led to, with `from` or while that one was handled."""
+    try:
+        try:
+            raise cause
+        except Exception as error:
+            if explicitly:
+                raise KeyError("led to it") from error
+            raise KeyError("led to it")  # noqa: B904
+    except KeyError as error:
+        return error
+
+
+@pytest.mark.parametrize("explicitly", [True, False])
+def test_the_cause_of_an_error_is_explained(explicitly: bool) -> None:
+    known = errors.explain(caused_by(httpx2.ConnectError("unplugged"), explicitly))
+    assert isinstance(known, errors.NetworkLost) and "unplugged" in str(known)
+    assert isinstance(errors.explain(caused_by(OfflineModeIsEnabled("x"), explicitly)), errors.NetworkLost)
+    assert isinstance(errors.explain(caused_by(OSError(errno.EDQUOT, "quota"), explicitly)), errors.DiskFull)
+    assert errors.explain(caused_by(OSError(errno.EACCES, "denied"), explicitly)) is None
+
+
+def test_no_message_holds_the_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    message, code = errors.report(errors.NotFound(f"nothing at https://user:{TOKEN}@host"))
+    assert (message, code) == ("upload_to_hub.py: nothing at https://user:hf_***@host", errors.NotFound.code)
+
+
+@pytest.mark.parametrize(
+    ("free", "remote", "error"),
+    [
+        (0, {"tokens": [1, 2], "logits": 5.0}, errors.DiskFull),
+        (10**12, {"tokens": [1, 3], "logits": 5.0}, errors.RemoteCheckFailed),
+        (10**12, {"tokens": [1, 2], "logits": 5.01}, errors.RemoteCheckFailed),
+        (10**12, errors.LocalCheckFailed("does not load"), errors.RemoteCheckFailed),
+        (10**12, errors.NetworkLost("cut off"), errors.NetworkLost),
+        (10**12, {"tokens": [1, 2], "logits": 5.0001}, None),
+    ],
+)
+def test_a_commit_must_give_what_the_folder_gave(
+    free: int, remote: object, error: type | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    """Tokens and logits, up to rounding; and there must be room for the download."""
+
+    def loaded(*_: object, **__: object) -> object:
+        if isinstance(remote, Exception):
+            raise remote
+        return remote
+
+    monkeypatch.setattr("tools.hub.push.check_hashes", lambda *_: None)
+    monkeypatch.setattr(upload_to_hub, "check_loading", loaded)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
+    (tmp_path / "weights").write_bytes(b"x")
+    assembly = SimpleNamespace(out=tmp_path, files=["weights"])
+    plan = SimpleNamespace(target=SimpleNamespace(repo_id="a/b"))
+    arguments = SimpleNamespace(no_verify_remote=False)
+    sample = {"tokens": [1, 2], "logits": 5.0}
+    expected = contextlib.nullcontext() if error is None else pytest.raises(error)
+    with expected:
+        upload_to_hub._verify_commit(None, plan, "0a1b", assembly, sample, arguments)
+    assert ("generates the same tokens" in capsys.readouterr().out) == (error is None)
 
 
 def test_a_bug_in_the_tool_shows_a_traceback_without_the_token(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -283,7 +368,7 @@ BAD_FOLDERS = {
     "no tokenizer": (lambda f: (f / "tokenizer.model").unlink(), "tokenizer.model is missing: put InternLM's there"),
     "tokenizer is a pointer": (lambda f: pointer(f / "tokenizer.model"), "tokenizer.model is a Git LFS pointer"),
     "tokenizer is empty": (lambda f: (f / "tokenizer.model").write_bytes(b""), "not a complete SentencePiece model"),
-    "vocabulary too small": (lambda f: break_config(f, vocab_size=1000), "103168 pieces, the model only 1000"),
+    "vocabulary too small": (lambda f: break_config(f, vocab_size=103167), "103168 pieces, the model only 103167"),
     "no weights": (lambda f: [path.unlink() for path in f.glob("pytorch*")], "holds no weights"),
     "a shard missing": (lambda f: sorted(f.glob("pytorch*.bin"))[0].unlink(), "is missing; fetch it again"),
     "a shard is a pointer": (lambda f: pointer(sorted(f.glob("pytorch*.bin"))[0]), "is a Git LFS pointer"),
@@ -320,6 +405,8 @@ def test_a_custom_model_chooses_its_prompt_format(prompt_format: str, old: Path,
     assert code == errors.InputError.code and "--variant custom needs --prompt-format early, later, none" in text
     code, text = run_here(*argv, "--variant", "custom", "--prompt-format", prompt_format)
     assert code == 0, text
+    assert "\n  - variant custom, as requested\n" in text
+    assert text.endswith(f"{tmp_path / 'out'} is a complete repository of custom.\n")
     template = "variants/early_chat_template.jinja" if prompt_format == "early" else "chat_template.jinja"
     assert (tmp_path / "out" / "chat_template.jinja").read_bytes() == (ROOT / template).read_bytes()
     generation = json.loads((tmp_path / "out" / "generation_config.json").read_text())
@@ -395,8 +482,9 @@ def test_files_in_the_target_are_not_lost(old: Path, tmp_path: Path) -> None:
     with pytest.raises(errors.InputError, match="thesis.tex"):
         assemble(old, tmp_path, "internlm-tiny", progress=False)
     assert (tmp_path / "thesis.tex").read_text() == "mine"
-    with pytest.raises(errors.InputError, match="is in use"):
-        assemble(old, old, "internlm-tiny", progress=False)
+    for place in (old, ROOT, ROOT.parent):
+        with pytest.raises(errors.InputError, match="is in use"):
+            assemble(old, place, "internlm-tiny", progress=False)
     other = tmp_path / "other"
     other.mkdir()
     save_file({"a": torch.ones(1)}, other / "model-00001-of-00002.safetensors")
@@ -404,6 +492,39 @@ def test_files_in_the_target_are_not_lost(old: Path, tmp_path: Path) -> None:
         with pytest.raises((errors.InputError, ConversionError), match="holds .*model-00001-of-00002.safetensors"):
             assemble(weights, other, "internlm-tiny", progress=False)
     assert (other / "model-00001-of-00002.safetensors").exists()
+
+
+def test_a_file_of_the_same_size_is_replaced(tmp_path: Path) -> None:
+    """By a link, unless it is a copy made by an earlier run, with the same time."""
+    out, source = tmp_path / "out", TINY / "model.safetensors"
+    out.mkdir()
+    (out / source.name).write_bytes(bytes(source.stat().st_size))
+    assembly = assemble(TINY, out, "internlm-tiny", progress=False)
+    assert os.path.samefile(source, assembly.out / source.name)
+
+
+def test_the_index_of_other_shards_is_refused(old: Path, tmp_path: Path) -> None:
+    """transformers would read it instead of model.safetensors."""
+    out = tmp_path / "out"
+    out.mkdir()
+    write(out, "model.safetensors.index.json", {"weight_map": {}})
+    with pytest.raises(errors.InputError, match=r"holds other weights too \(model.safetensors.index.json\)"):
+        assemble(old, out, "internlm-tiny", progress=False)
+
+
+def test_names_of_shards(tmp_path: Path) -> None:
+    """Others than transformers' are refused; stored inv_freq is no reason to refuse a file."""
+    weights = tmp_path / "weights"
+    shutil.copytree(TINY, weights)
+    state = load_file(weights / "model.safetensors")
+    state["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
+    (weights / "model.safetensors").unlink()
+    save_file(state, weights / "model.safetensors")
+    assemble(weights, tmp_path / "out", "internlm-tiny", progress=False)
+    (weights / "model.safetensors").rename(weights / "all.safetensors")
+    write(weights, "model.safetensors.index.json", {"weight_map": dict.fromkeys(state, "all.safetensors")})
+    with pytest.raises(errors.InputError, match="all.safetensors is not an allowed name for weights"):
+        assemble(weights, tmp_path / "other", "internlm-tiny", progress=False)
 
 
 # Variants
@@ -474,10 +595,16 @@ def test_chat_variants_stop_at_eoa_and_base_variants_do_not(variant: str) -> Non
     assert bool(notes) == ("chat" in variant)
 
 
+def test_a_chat_model_without_its_stop_token_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tools.hub.variant._pieces", lambda vocab_file: ["<unk>", "<s>", "</s>"])
+    with pytest.raises(errors.InputError, match="tokenizer.model has no <eoa>, which ends a chat model's replies"):
+        generation_json("internlm-chat-7b", tmp_path, tmp_path / "tokenizer.model", [])
+
+
 def test_the_checkpoints_sampling_settings_are_kept(tmp_path: Path) -> None:
     """And nothing else: people keep paths and tokens there."""
     own = {"temperature": 0.5, "do_sample": True, "eos_token_id": [2, 103027], "transformers_version": "4.33.1"}
-    own |= {"api_key": "hf_secret", "data_path": "/home/me"}
+    own |= {"api_key": "hf_secret", "data_path": "/home/me", "pad_token_id": 2}
     notes: list[str] = []
     (tmp_path / "generation_config.json").write_text(json.dumps(own))
     made = generation_json("internlm-chat-7b", tmp_path, GOLDEN / "tokenizer.model", notes)
@@ -533,6 +660,8 @@ def test_the_card_describes_the_variant(variant: str) -> None:
     assert body.count(f'repo = "me/{variant}"') >= 2  # in English and in Chinese
     assert '"internlm/internlm-20b"' not in body
     assert ("## Evaluation" in body) == ("## 评测" in body) == (variant == "internlm-20b")
+    assert ("## Long context" in body) == ("## 长上下文" in body) == variant.endswith("20b")
+    assert ('"internlm/internlm-chat-20b"' in body) == (variant in ("internlm-20b", "internlm-7b"))
     assert "## License" in body and "## 开源许可证" in body and "make test" not in body
     assert "](docs/" not in body and "](#" in body and "](https://" in body
 
@@ -621,6 +750,43 @@ def test_nan_in_the_weights_is_found(tmp_path: Path) -> None:
     save_file({"good": torch.ones(3), "bad": torch.tensor([1.0, float("nan")])}, tmp_path / "model.safetensors")
     with pytest.raises(ConversionError, match="bad holds NaN or infinite values"):
         check_values(tmp_path)
+
+
+def broken(folder: Path, how: str) -> None:
+    state = load_file(folder / "model.safetensors")
+    if how == "a tensor missing":
+        state.pop("model.norm.weight")
+    elif how == "logits overflow":
+        state["lm_head.weight"] = torch.full_like(state["lm_head.weight"].float(), 1e38)
+        state["model.norm.weight"] = torch.full_like(state["model.norm.weight"].float(), 1e20)
+        replace(folder / "config.json", '"dtype": "float16"', '"dtype": "float32"')
+    elif how == "killed":
+        replace(folder / "modeling_internlm.py", "import itertools", "import os; os.kill(os.getpid(), 9)")
+    else:
+        replace(folder / "config.json", "InternLMForSequenceClassification", "InternLMForNothing")
+    (folder / "model.safetensors").unlink()
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("a tensor missing", "the weights do not match the model: {'missing_keys': ..model.norm.weight"),
+        ("logits overflow", "the logits are not finite"),
+        ("killed", "was killed by signal 9 .out of memory"),
+        ("a class missing", "InternLMForNothing"),
+    ],
+)
+def test_a_folder_that_loads_wrongly_is_found(
+    how: str, message: str, old: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the fresh process, which leaves nothing in the user's cache of modules."""
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    assembly = assemble(old, tmp_path / "out", "internlm-tiny", progress=False)
+    broken(assembly.out, how)
+    with pytest.raises(errors.LocalCheckFailed, match=message):
+        check_loading(str(assembly.out))
+    assert not (tmp_path / "modules").exists()
 
 
 def test_a_folder_that_does_not_load_is_reported_with_its_error(old: Path, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import random
 import re
 import resource
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ import zipfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,9 +25,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from tools.convert.checkpoint import pickles_to_safetensors
-from tools.convert.files import ConversionError
-from tools.convert.tensors import expected_shapes
-from tools.convert_checkpoint import main
+from tools.convert.files import ConversionError, copy_file
+from tools.convert.llama import llama_config
+from tools.convert.shards import plan_shards, write_shards
+from tools.convert.tensors import Tensor, check_shapes, expected_shapes
+from tools.convert_checkpoint import _size, main
 
 from support.checkpoints import (
     GOLDEN,
@@ -240,6 +244,7 @@ BREAKS = {
     "no weights": (lambda d: (d / INDEX).unlink(), "holds no weights"),
     "index is not JSON": (lambda d: (d / INDEX).write_text("{"), "not JSON"),
     "index without map": (lambda d: write_json(d / INDEX, {}), "no weight_map"),
+    "index with an empty map": (lambda d: write_json(d / INDEX, {"weight_map": {}}), "no weight_map"),
     "name outside the index": (lambda d: edit_index(d, lambda m: m.pop(NORM)), "index does not list"),
     "name only in the index": (lambda d: edit_index(d, lambda m: m.update({"ghost": SECOND})), "lacks ghost"),
     "index points to a parent folder": (
@@ -609,8 +614,107 @@ def test_a_broken_run_is_one_clear_error(name, tmp_path, capsys):
 
 def test_window_or_config_is_required(tmp_path, capsys):
     shards = training_checkpoint(tmp_path / "run", golden_state(SEVEN), 4)
-    assert run("training", shards, tmp_path / "new") == 1
-    assert "--window and --config" in capsys.readouterr().err
+    for options in ((), ("--window", 64, "--config", ROOT / "config.json")):
+        assert run("training", shards, tmp_path / "new", *options) == 1
+        assert "--window and --config" in capsys.readouterr().err
+
+
+def test_a_tied_embedding_is_the_first_stages(tmp_path):
+    """The last stage may store one too. Sizes of -1 in model_config.pt say nothing."""
+    shards = training_checkpoint(tmp_path / "run", golden_state(SEVEN), 4, stages=2)
+    edit_run(shards, lambda s: s.update(vocab_size=-1, hidden_size=-1), "model_config.pt")
+    name, first = next((n, t) for n, t in torch.load(shards / "model_tp0_pp0.pt").items() if "embedding" in n)
+    edit_run(shards, lambda s: s.update({name: torch.zeros_like(first)}), "model_tp0_pp1.pt")
+    assert run("training", shards, tmp_path / "new", "--window", 64, "--no-logits") == 0
+    assert_equal(read_tensors(tmp_path / "new"), golden_state(SEVEN))
+
+
+@pytest.mark.parametrize(("text", "size"), [("1KB", 1000), ("2.5M", 2_500_000), ("5GB", 5_000_000_000), ("7", 7)])
+def test_sizes_are_decimal(text, size):
+    assert _size(text) == size
+
+
+def test_only_dtypes_of_checkpoints_are_accepted(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        run("training", tmp_path, tmp_path / "new", "--window", 64, "--dtype", "int8")
+    assert "invalid choice: 'int8'" in capsys.readouterr().err
+
+
+def test_settings_and_tokenizer_travel_and_are_reported(tmp_path, capsys):
+    """As upload_to_hub.py needs them; the Llama copy gets only the settings that transformers knows."""
+    old = old_checkpoint(tmp_path / "old")
+    (old / "chat_template.jinja").write_text("{{ messages }}")
+    write_json(old / "generation_config.json", {"do_sample": True, "api_key": "secret"})
+    assert run("safetensors", old, tmp_path / "new") == 0
+    assert "names, shapes, dtypes and values are right" in capsys.readouterr().out
+    for name in ("chat_template.jinja", "generation_config.json"):
+        assert (tmp_path / "new" / name).read_bytes() == (old / name).read_bytes()
+    assert run("llama", tmp_path / "new", tmp_path / "llama", "--no-tokenizer") == 0
+    assert "tokenizer: none, as requested" in capsys.readouterr().out
+    assert json.loads((tmp_path / "llama" / "generation_config.json").read_text()) == {"do_sample": True}
+
+
+def test_shapes_of_a_config_that_leaves_things_out():
+    """Biases are the default, as in 2023; a tied lm_head need not be stored; four missing names are three and one."""
+    config = {"vocab_size": 8, "hidden_size": 4, "intermediate_size": 6, "num_hidden_layers": 1}
+    named = [Tensor(name, shape, torch.float32, lambda: None) for name, shape in expected_shapes(config).items()]
+    assert any(tensor.name.endswith("q_proj.bias") for tensor in named)
+    tied = [tensor for tensor in named if tensor.name != "lm_head.weight"]
+    check_shapes(tied, {**config, "tie_word_embeddings": True})
+    with pytest.raises(ConversionError, match="lack lm_head.weight, which"):
+        check_shapes(tied, config)
+    with pytest.raises(ConversionError, match=r"lack lm_head.weight, \S+, \S+ and 1 more, which"):
+        check_shapes(named[:-4], config)
+
+
+def test_shards_in_the_making(tmp_path, monkeypatch):
+    """No file is empty; a source that changes is found; finished files need no room; files are flushed to disk."""
+
+    def tensor(name, count, made=None):
+        return Tensor(name, (count,), torch.float32, lambda: torch.ones(made or count))
+
+    assert [len(shard) for shard in plan_shards([tensor("a", 100), tensor("b", 1)], 40).values()] == [1, 1]
+    with pytest.raises(ConversionError, match="a changed while it was being converted"):
+        write_shards([tensor("a", 4, made=5)], tmp_path / "torn", progress=False)
+    flushed = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: flushed.append(stat.S_ISREG(os.fstat(descriptor).st_mode)))
+    write_shards([tensor("a", 4)], tmp_path / "new", progress=False)
+    assert any(flushed)  # a file, not only its folder
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=0))
+    write_shards([tensor("a", 4)], tmp_path / "new", progress=False)
+    with (tmp_path / "new" / "model.safetensors").open("ab") as file:
+        file.write(b"x")
+    with pytest.raises(ConversionError, match="is not what this conversion would write"):
+        write_shards([tensor("a", 4)], tmp_path / "new", progress=False)
+
+
+def test_a_copy_goes_on_by_hand_where_the_system_gives_up(tmp_path, monkeypatch):
+    """After the first blocks have been shared, at the right place."""
+    source = tmp_path / "source"
+    source.write_bytes(random.Random(3).randbytes(300_000))
+    real, calls = os.copy_file_range, []
+
+    def once(*arguments):
+        calls.append(arguments)
+        if len(calls) > 1:
+            raise OSError(22, "Invalid argument")
+        return real(*arguments)
+
+    monkeypatch.setattr("tools.convert.files.CHUNK_BYTES", 100_000)
+    monkeypatch.setattr(os, "copy_file_range", once)
+    copy_file(source, tmp_path / "target")
+    assert (tmp_path / "target").read_bytes() == source.read_bytes() and len(calls) > 2
+
+
+@pytest.mark.parametrize("context", [1, 64, None])
+def test_within_the_window_the_base_is_the_models(context):
+    assert llama_config(official_config(TWENTY), context)["rope_theta"] == 10000.0
+
+
+@pytest.mark.parametrize("context", [0, -5])
+def test_a_context_without_tokens_is_refused(context):
+    with pytest.raises(ConversionError, match=f"--context {context} must be at least 1"):
+        llama_config(official_config(TWENTY), context)
 
 
 # the Llama layout
@@ -854,6 +958,39 @@ def test_the_check_finds_wrong_logits(tmp_path, modeling):
     assert "largest difference 0)" in check_logits([lambda dtype: right, lambda dtype: right], hub)
     with pytest.raises(ConversionError, match="logits differ"):
         check_logits([lambda dtype: right, lambda dtype: wrong], hub)
+
+
+def test_the_check_compares_to_rounding_and_within_the_window(tmp_path, modeling):
+    """In float32, a thousandth is no rounding; a window of eight tokens gets a prompt of eight."""
+    from tools.convert.check import check_logits
+
+    hub = hub_folder(tmp_path / "hub", TWENTY)
+    right = modeling.InternLMForCausalLM.from_pretrained(hub)
+    wrong = modeling.InternLMForCausalLM.from_pretrained(hub)
+    wrong.lm_head.weight.data *= 1.001
+    with pytest.raises(ConversionError, match="logits differ"):
+        check_logits([lambda dtype: right, lambda dtype: wrong], hub)
+    edit_config(hub, max_position_embeddings=8)
+    assert run("llama", hub, tmp_path / "llama", "--no-tokenizer") == 0
+
+
+def test_the_check_refuses_values_and_logits_that_are_not_finite(tmp_path, modeling):
+    from tools.convert.check import check_files, check_logits
+    from tools.convert.checkpoint import safetensors_tensors
+
+    hub = hub_folder(tmp_path / "hub", TWENTY)
+    model = modeling.InternLMForCausalLM.from_pretrained(hub)
+    model.lm_head.weight.data.fill_(float("nan"))
+    with pytest.raises(ConversionError, match="NaN or infinite logits"):
+        check_logits([lambda dtype: model], hub)
+    planned = safetensors_tensors(hub)
+    file = next(hub.glob("model-*.safetensors"))
+    state = load_file(file)
+    state["model.embed_tokens.weight"][0] = float("inf")
+    file.unlink()
+    save_file(state, file)
+    with pytest.raises(ConversionError, match="holds NaN or infinite values"):
+        check_files(hub, official_config(TWENTY), planned)
 
 
 def test_the_check_says_why_logits_were_not_compared(tmp_path, monkeypatch, capsys):

@@ -107,8 +107,8 @@ def detect(weights: Path, config: Any, asked: str | None) -> tuple[str, str]:
         raise InputError(f"{weights} ({sizes}) is not {asked}: leave --variant out, or give other weights.")
     if not same:
         raise InputError(
-            f"{weights} ({sizes}) matches the sizes of no variant: there are {', '.join(known)}. If it is a model of its "
-            f"own, add --variant {CUSTOM} --prompt-format {'|'.join(PROMPT_FORMATS)}."
+            f"{weights} ({sizes}) matches the sizes of no variant: there are {', '.join(known)}. For another model "
+            f"add --variant {CUSTOM} --prompt-format {'|'.join(PROMPT_FORMATS)}."
         )
     window = config.max_position_embeddings
     fitting = [name for name in same if known[name]["max_position_embeddings"] == window] or same
