@@ -25,7 +25,7 @@ from tools.convert.tensors import Tensor
 from tools.hub import errors
 from tools.hub.assemble import SMALL_FILES
 
-from support.hub_server import TOKEN, Hold, Hub, User, answer, drop, environment, lose_answer, reply
+from support.hub_server import TOKEN, Dropped, Hold, Hub, User, answer, drop, environment, lose_answer, reply
 from support.paths import ROOT, TINY
 
 
@@ -33,7 +33,7 @@ ASSEMBLE = ["--weights", str(TINY)]
 QUICK = ["--no-verify-local", "--no-verify-remote"]  # without starting processes that load the model
 
 WORKER = """
-import contextlib, io, json, os, sys
+import contextlib, io, json, os, signal, sys
 sys.path.insert(0, sys.argv[1])
 from upload_to_hub import main
 for line in sys.stdin:
@@ -45,6 +45,7 @@ for line in sys.stdin:
             code = main(argv)
         except SystemExit as end:
             code = end.code
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     print(json.dumps([code, text.getvalue()]), flush=True)
 """
 
@@ -181,6 +182,7 @@ def test_one_command_uploads_a_verified_private_repository(hub: Hub, uploaded: S
     assert TOKEN not in uploaded.text
     commit = head(hub, "user/internlm-tiny")
     assert f'from_pretrained("user/internlm-tiny", revision="{commit}", trust_remote_code=True' in uploaded.text
+    assert "Loading it from the Hub in a fresh process\n" in uploaded.text
     assert "It loads from the Hub and generates the same tokens" in uploaded.text
     repository = hub.repositories["user/internlm-tiny"]
     assert repository.private
@@ -214,17 +216,21 @@ def test_an_unchanged_second_upload_transfers_nothing(worker: Worker, quiet_hub:
 
 def test_a_dry_run_shows_the_plan_and_writes_nothing(worker: Worker, quiet_hub: Hub, folder: Path) -> None:
     old = {"config.json": (folder / "config.json").read_bytes(), "README.md": b"old", "pytorch_model.bin": b"pickle"}
+    old |= {
+        "LICENSE": bytes((folder / "LICENSE").stat().st_size),
+        "onnx/model.bin": b"mine",
+    }  # its size only
     quiet_hub.add_repository("user/old", {**old, "tokenizer.json": b"{}", "notes/results.txt": b"mine"})
     argv = (*ASSEMBLE, "--local-dir", folder, "--repo-id", "user/old", "--no-verify-local", "--dry-run")
     code, text = worker.run(*argv)
     assert code == 0, text
     plan = {line.split()[3]: line.split()[:2] for line in text.splitlines() if len(line.split()) == 4}
     assert plan["config.json"][0] == "same"
-    assert plan["README.md"][0] == "changed"
+    assert plan["README.md"][0] == plan["LICENSE"][0] == "changed"
     assert plan["model.safetensors"][0] == "new"
     assert plan["pytorch_model.bin"] == ["deleted", "-"]
     assert plan["tokenizer.json"][0] == "deleted"
-    assert plan["notes/results.txt"][0] == "kept"
+    assert plan["notes/results.txt"][0] == plan["onnx/model.bin"][0] == "kept"
     assert plan["model.safetensors"][1] == digest(folder / "model.safetensors")
     assert {method for method, _ in quiet_hub.log} == {"GET"}
 
@@ -271,6 +277,8 @@ def test_public_makes_the_repository_public(worker: Worker, quiet_hub: Hub, fold
     code, text = worker.run(*argv)
     assert code == 0, text
     assert not quiet_hub.repositories["user/open"].private
+    code, text = worker.run(*argv[:-1])
+    assert code == 0 and "Plan for user/open (public), revision main" in text
 
 
 # Failures: one message, an exit code, nothing lost, and a rerun that succeeds
@@ -319,6 +327,13 @@ FAILURES = {
         TOKEN,
         errors.NameTaken,
         "exists already, and this token cannot read it",
+    ),
+    "a pull request to nothing": (
+        lambda hub: None,
+        ["--create-pr"],
+        TOKEN,
+        errors.NotFound,
+        "user/failing does not exist, and this token can create repositories under user, club only.",
     ),
     "not a name": (
         lambda hub: None,
@@ -518,14 +533,46 @@ def test_a_commit_whose_answer_is_lost_is_not_repeated(fault, worker: Worker, qu
 def test_files_that_differ_after_the_commit_are_found(worker: Worker, quiet_hub: Hub, folder: Path) -> None:
     def tamper(request: object) -> None:
         repository = quiet_hub.repositories["user/tampered"]
-        repository.commits[repository.heads["main"]].files.pop("LICENSE")
+        files = repository.commits[repository.heads["main"]].files
+        files.pop("LICENSE")
+        files["pytorch_model.bin"] = files["README.md"]
 
-    quiet_hub.add_repository("user/tampered")
+    quiet_hub.add_repository("user/tampered", {"pytorch_model.bin": b"pickle"})
     quiet_hub.on("GET", "/tree/", lambda request: None, times=2)  # the two fetches before the commit
     quiet_hub.on("GET", "/tree/", tamper)
-    code, text = worker.run(*ASSEMBLE, "--local-dir", folder, "--repo-id", "user/tampered", *QUICK)
+    code, text = worker.run(*ASSEMBLE, "--local-dir", folder, "--repo-id", "user/tampered", *QUICK, "--yes")
     assert code == errors.RemoteCheckFailed.code
-    assert "is not what was sent (LICENSE): run the same command again." in text
+    assert "is not what was sent (LICENSE, pytorch_model.bin): run the same command again." in text
+
+
+def test_a_commit_of_somebody_else_is_noticed(worker: Worker, quiet_hub: Hub, folder: Path) -> None:
+    """Where there is nothing to send; and where the answer to our commit, which did not arrive, is lost."""
+    quiet_hub.repositories.pop("user/two", None)
+    argv = (*ASSEMBLE, "--local-dir", folder, "--repo-id", "user/two", *QUICK)
+
+    def move_and_drop(request: object) -> None:
+        move_target(quiet_hub, "user/two")(request)
+        raise Dropped
+
+    quiet_hub.on("POST", "/commit/", move_and_drop)
+    code, text = worker.run(*argv)
+    assert code == errors.TargetMoved.code
+    assert "Somebody committed to user/two (main) in the meantime: run the same command again." in text
+    assert worker.run(*argv, "--yes")[0] == 0
+    quiet_hub.on("GET", "/revision/main", lambda request: None, times=2)  # of the two fetches for the plan
+    quiet_hub.on("GET", "/revision/main", move_target(quiet_hub, "user/two"))
+    code, text = worker.run(*argv)
+    assert code == errors.TargetMoved.code, text
+
+
+def test_a_pull_request_whose_answer_is_lost_is_not_repeated(worker: Worker, quiet_hub: Hub, folder: Path) -> None:
+    """A second one would be worse than none."""
+    quiet_hub.add_repository("user/asked")
+    quiet_hub.on("POST", "/commit/", lose_answer)
+    argv = (*ASSEMBLE, "--local-dir", folder, "--repo-id", "user/asked", *QUICK, "--create-pr")
+    code, text = worker.run(*argv)
+    assert code == errors.NetworkLost.code, text
+    assert quiet_hub.repositories["user/asked"].heads.keys() == {"main", "refs/pr/1"}
 
 
 def sharded(folder: Path) -> Path:
