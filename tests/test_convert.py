@@ -160,6 +160,13 @@ def test_the_progress_bar_finishes(command, tmp_path, capsys):
     assert not capsys.readouterr().err
 
 
+def test_the_progress_bar_of_links_finishes(tmp_path, capsys):
+    hub = hub_folder(tmp_path / "hub", TWENTY)
+    assert main(["llama", str(hub), str(tmp_path / "new"), "--no-logits", "--no-tokenizer"]) == 0
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert ": 100%|" in last and "1.07M/1.07M" in last, last
+
+
 @COMMANDS
 def test_an_unusable_folder_is_one_clear_error(command, tmp_path, capsys):
     source, options = source_and_options(command, tmp_path / "old")
@@ -815,6 +822,8 @@ def test_llama_copy_links_the_file_behind_a_symbolic_link(shared, tmp_path):
     snapshot = cached(hub_folder(tmp_path / "hub", TWENTY), tmp_path / "cache", shared)
     assert run("llama", snapshot, tmp_path / "llama", "--no-tokenizer", "--no-logits") == 0
     assert not any(path.is_symlink() for path in (tmp_path / "llama").iterdir())
+    for path in (tmp_path / "llama").glob("*.safetensors"):
+        assert path.samefile(snapshot / path.name)
     assert_equal(read_tensors(tmp_path / "llama"), golden_state(TWENTY))
 
 
@@ -960,8 +969,8 @@ def test_the_check_finds_wrong_logits(tmp_path, modeling):
         check_logits([lambda dtype: right, lambda dtype: wrong], hub)
 
 
-def test_the_check_compares_to_rounding_and_within_the_window(tmp_path, modeling):
-    """In float32, a thousandth is no rounding; a window of eight tokens gets a prompt of eight."""
+def test_the_check_compares_to_rounding_and_beyond_the_window(tmp_path, modeling):
+    """In float32, a thousandth is no rounding; beyond a window of eight tokens the two still agree."""
     from tools.convert.check import check_logits
 
     hub = hub_folder(tmp_path / "hub", TWENTY)

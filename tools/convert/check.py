@@ -58,8 +58,7 @@ def _available_memory() -> int | None:
 
 def _logits(load: Loader, dtype: torch.dtype) -> torch.Tensor:
     model = load(dtype).eval()
-    length = min(_PROMPT_TOKENS, model.config.max_position_embeddings)
-    ids = (torch.arange(length)[None] * 7919 + 1) % model.config.vocab_size
+    ids = (torch.arange(_PROMPT_TOKENS)[None] * 7919 + 1) % model.config.vocab_size
     with torch.inference_mode():
         return model(input_ids=ids, use_cache=False).logits.float()
 
