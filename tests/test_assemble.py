@@ -287,7 +287,7 @@ def full_disk(room: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-@pytest.mark.parametrize("room", [1_000_000, 1_654_000])  # in the weights; in tokenizer.model
+@pytest.mark.parametrize("room", [1_000_000, 1_656_000])  # less than the weights; more, and less than tokenizer.model
 def test_a_full_disk_leaves_nothing_half_written_and_a_rerun_resumes(room: int, old: Path, tmp_path: Path) -> None:
     argv = ["--weights", old, "--variant", "internlm-tiny", "--local-dir", tmp_path / "out", "--no-verify-local"]
     with full_disk(room):
@@ -295,6 +295,8 @@ def test_a_full_disk_leaves_nothing_half_written_and_a_rerun_resumes(room: int, 
     assert code == errors.DiskFull.code, text
     assert "Once there is room, run the same command again to resume." in text
     assert not list((tmp_path / "out").glob("*.partial"))
+    assert (tmp_path / "out" / "model.safetensors").exists() == (room == 1_656_000)
+    assert not (tmp_path / "out" / "tokenizer.model").exists()
     code, text = run_here(*argv)
     assert code == 0, text
     check_files(tmp_path / "out")

@@ -40,8 +40,8 @@ def test_eight_processes_fill_one_empty_module_cache(tiny_dir, tmp_path):
 def test_kill_9_during_assembly(tmp_path):
     """For upload_to_hub.py --local-dir; test_convert.py kills conversions."""
     source = stress.old_checkpoint(tmp_path / "source")
-    found = kill_at_random(stress.assemble, source, tmp_path, points=9)
-    assert found["points"] >= 9 and found["equal"] == found["reruns"] > 2, found
+    found = kill_at_random(stress.assemble, source, tmp_path, points=9, torn=2)
+    assert found["points"] >= 9 and found["torn"] >= 2 and found["equal"] == found["reruns"] > 2, found
 
 
 def test_outputs_stay_the_same(tiny_model):
