@@ -19,8 +19,9 @@ import httpx2
 import pytest
 import torch
 import yaml
-from huggingface_hub.errors import OfflineModeIsEnabled
+from huggingface_hub.errors import OfflineModeIsEnabled, StrictDataclassFieldValidationError
 from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig
 
 import upload_to_hub
 from tools.convert.files import ConversionError
@@ -142,6 +143,13 @@ def test_the_cause_of_an_error_is_explained(explicitly: bool) -> None:
     assert isinstance(errors.explain(caused_by(OfflineModeIsEnabled("x"), explicitly)), errors.NetworkLost)
     assert isinstance(errors.explain(caused_by(OSError(errno.EDQUOT, "quota"), explicitly)), errors.DiskFull)
     assert errors.explain(caused_by(OSError(errno.EACCES, "denied"), explicitly)) is None
+
+
+def test_a_wrong_configuration_is_no_answer_of_a_hub() -> None:
+    """transformers checks configurations with dataclasses of huggingface_hub."""
+    with pytest.raises(StrictDataclassFieldValidationError) as raised:
+        LlamaConfig(hidden_size="wide")
+    assert errors.explain(raised.value) is None
 
 
 def test_no_message_holds_the_token(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -165,9 +165,9 @@ def generation_settings(folder: Path) -> tuple[dict[str, Any], list[str]]:
     """
     path = folder / "generation_config.json"
     content = read_json(path) if path.is_file() else {}
-    known = GenerationConfig().to_dict().keys() - {"_from_model_config", "transformers_version"}
-    ours = {"_from_model_config", "transformers_version"}
-    return {key: content[key] for key in content if key in known}, sorted(content.keys() - known - ours)
+    stamps = {"_from_model_config", "transformers_version"}
+    known = GenerationConfig().to_dict().keys() - stamps
+    return {key: content[key] for key in content if key in known}, sorted(content.keys() - known - stamps)
 
 
 def copy_small_files(source: Path, target: Path) -> None:

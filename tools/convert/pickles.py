@@ -17,7 +17,7 @@ from tools.convert.files import ConversionError, check_not_lfs_pointer
 # What PyTorch's restricted unpickler says of a pickle that names a function or class beyond tensors and containers.
 _FOREIGN_CODE = re.compile(r"Unsupported (global|class)|GLOBAL|Can only|Trying to")
 
-_LEGACY_PICKLES = 4  # in a file from before PyTorch 1.6: a magic number, a version, the machine's sizes, the content
+_LEGACY_PICKLES = 5  # in a file from before PyTorch 1.6: magic number, version, the machine's sizes, content, storages
 
 
 def load_pickle(path: Path) -> dict[str, torch.Tensor]:

@@ -73,9 +73,8 @@ def fill_in_card(
     parts = re.split(r"^(?=# 中文说明)", body, flags=re.MULTILINE)
     made = zip(parts, ("en", "zh"), strict=False)
     card = "".join(_fill_in(part, language, variant, config, dropped) for part, language in made)
-    chats = (
-        "-chat-" in (template or variant) or variant == TINY
-    )  # the Chat section's examples then load this repository
+    # Where the model chats, the Chat section's examples load this repository.
+    chats = "-chat-" in (template or variant) or variant == TINY
     for name in ("internlm/internlm-20b", *(("internlm/internlm-chat-20b",) if chats else ())):
         card = card.replace(f'"{name}"', f'"{repo_id or "internlm/" + variant}"')
     return front + "\n" + _RELATIVE_LINK.sub(r"\1", card)

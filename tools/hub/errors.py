@@ -149,13 +149,13 @@ def _explain_answer(cause: BaseException) -> UploadError | None:
 
 
 def _raised_by_the_client(error: BaseException) -> bool:
-    """Whether an exception left huggingface_hub, rather than code of this tool that uses it."""
+    """Whether an exception left the client in huggingface_hub, whose dataclasses are also used by configurations."""
     import huggingface_hub
 
     client, tool = Path(huggingface_hub.__file__).parent, Path(__file__).parents[2]
     files = [Path(frame.f_code.co_filename) for frame, _ in traceback.walk_tb(error.__traceback__)]
     known = [file for file in files if client in file.parents or tool / "tools" in file.parents]
-    return bool(known) and client in known[-1].parents
+    return bool(known) and client in known[-1].parents and known[-1] != client / "dataclasses.py"
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

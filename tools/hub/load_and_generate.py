@@ -68,11 +68,11 @@ def main() -> int:
             break
         except Exception as error:  # any failure while loading is the result
             known = errors.explain(error)
-            network = isinstance(known, errors.NetworkLost | errors.ServerFailed)
+            network = bool(arguments.revision) and isinstance(known, errors.NetworkLost | errors.ServerFailed)
             text = str(known) if network else f"{type(error).__name__}: {error}"
             result = {"error": " ".join(text.split()), "network": network}
             # The client itself tries again after a lost connection, and not after an error status of a download.
-            if wait is None or not isinstance(known, errors.ServerFailed):
+            if wait is None or not (network and isinstance(known, errors.ServerFailed)):
                 break
             time.sleep(wait)  # what has been downloaded is in the cache
     print(json.dumps(result))

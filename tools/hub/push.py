@@ -1,6 +1,7 @@
 """Compares a folder with a repository on the Hub, and makes the repository equal to it in one commit."""
 
 import hashlib
+import importlib.util
 import os
 import re
 import time
@@ -10,11 +11,10 @@ from typing import Any
 from urllib.parse import quote
 
 import httpx2
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_token
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_backoff, validate_repo_id
-from huggingface_hub.utils._runtime import is_xet_available
 from tqdm import tqdm
 
 from tools.convert.files import hash_file
@@ -35,6 +35,8 @@ TOOL = "upload_to_hub.py"  # in the title of every commit of this tool, which re
 
 # By default hf_xet retries for minutes, and waits for each connection for one: longer than anybody watches.
 XET_LIMITS = {"HF_XET_CLIENT_RETRY_MAX_ATTEMPTS": "4", "HF_XET_CLIENT_CONNECT_TIMEOUT": "15s"}
+
+_LARGE = (".safetensors", ".model")  # what the Hub stores outside of git
 
 # Files that would be loaded instead of ours, or in addition: other weights, other code, other tokenizers.
 _REPLACED = re.compile(
@@ -227,11 +229,16 @@ def push(api: HfApi, plan: Plan, title: str, private: bool, create_pr: bool = Fa
     if not operations and not deletions:
         assert target.head is not None
         return target.head
-    if operations and is_xet_available():
+    if any(operation.path_in_repo.endswith(_LARGE) for operation in operations) and _uses_xet():
         _check_storage(api, target, create_pr)
     api.preupload_lfs_files(target.repo_id, additions=operations, revision=target.revision, create_pr=create_pr)
     _check_not_moved(api, target)
     return _commit(api, plan, [*operations, *deletions], title, create_pr)
+
+
+def _uses_xet() -> bool:
+    """Whether the client sends large files by Xet, rather than by LFS."""
+    return importlib.util.find_spec("hf_xet") is not None and not constants.HF_HUB_DISABLE_XET
 
 
 def _check_storage(api: HfApi, target: Target, create_pr: bool) -> None:
