@@ -109,7 +109,11 @@ def _run(arguments: argparse.Namespace) -> None:
     out = arguments.local_dir.absolute()
     check_out(out, arguments.weights)
     parent = next(folder for folder in out.parents if folder.is_dir())  # on the same disk, where links are possible
-    with tempfile.TemporaryDirectory(prefix=f"{out.name}-dry-run-", dir=parent) as folder:
+    try:
+        temporary = tempfile.TemporaryDirectory(prefix=f"{out.name}-dry-run-", dir=parent)
+    except OSError as error:
+        raise errors.InputError(f"{parent}: {error.strerror}: give another --local-dir.") from error
+    with temporary as folder:
         arguments.local_dir = Path(folder) / out.name
         _run_steps(arguments)
     print("Dry run: nothing was written.")

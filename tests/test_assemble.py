@@ -448,6 +448,16 @@ def test_a_dry_run_writes_nothing(pickled: bool, old: Path, tmp_path: Path) -> N
     assert code == errors.InputError.code and "thesis.tex" in text  # as without --dry-run
 
 
+def test_a_dry_run_where_nothing_can_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def denied(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr("tempfile.mkdtemp", denied)
+    code, text = run_here("--weights", TINY, "--local-dir", tmp_path / "out", "--dry-run")
+    assert code == errors.InputError.code
+    assert text == f"upload_to_hub.py: {tmp_path}: Permission denied: give another --local-dir.\n"
+
+
 def test_null_stands_for_nothing(old: Path, tmp_path: Path) -> None:
     """Where a file says that there are no added tokens and no quantisation."""
     weights = tmp_path / "weights"

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import GenerationConfig
 
 from tools.convert.files import ConversionError, check_links, check_not_lfs_pointer, read_json, write_file
 from tools.convert.pickles import damaged, load_pickle, missing
@@ -163,6 +162,8 @@ def generation_settings(folder: Path) -> tuple[dict[str, Any], list[str]]:
 
     What else people keep there (paths, notes, tokens of services) must not be published with a model.
     """
+    from transformers import GenerationConfig
+
     path = folder / "generation_config.json"
     content = read_json(path) if path.is_file() else {}
     stamps = {"_from_model_config", "transformers_version"}

@@ -6,10 +6,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+from tools import package
 from tools.convert.files import ConversionError
 
-
-MAX_LAYERS = 1024
 
 _STORED_INV_FREQ = re.compile(r"rotary_emb\.inv_freq$")
 
@@ -57,10 +56,8 @@ def expected_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
         raise ConversionError(f"config.json lacks {error.args[0]!r}; use the one in variants/.") from error
     if not all(type(size) is int and 0 < size <= 2**24 for size in (vocab, hidden, middle, layers)):
         raise ConversionError("config.json: the sizes must be positive integers; use the one in variants/.")
-    if layers > MAX_LAYERS:
-        raise ConversionError(
-            f"config.json: num_hidden_layers {layers} is more than {MAX_LAYERS}, which no model has."
-        )
+    if layers > (limit := package.load("configuration")._MAX_LAYERS):
+        raise ConversionError(f"config.json: num_hidden_layers {layers} is more than {limit}, which no model has.")
     has_bias = config.get("bias", config.get("attention_bias", True))
     shapes = {"model.embed_tokens.weight": (vocab, hidden)}
     for layer in range(layers):

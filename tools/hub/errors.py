@@ -152,9 +152,9 @@ def _raised_by_the_client(error: BaseException) -> bool:
     """Whether an exception left the client in huggingface_hub, whose dataclasses are also used by configurations."""
     import huggingface_hub
 
-    client, tool = Path(huggingface_hub.__file__).parent, Path(__file__).parents[2]
+    client, tools = Path(huggingface_hub.__file__).parent, Path(__file__).parents[1]
     files = [Path(frame.f_code.co_filename) for frame, _ in traceback.walk_tb(error.__traceback__)]
-    known = [file for file in files if client in file.parents or tool / "tools" in file.parents]
+    known = [file for file in files if client in file.parents or tools in file.parents]
     return bool(known) and client in known[-1].parents and known[-1] != client / "dataclasses.py"
 
 
