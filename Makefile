@@ -91,7 +91,7 @@ test-llamacpp: .venvs/llamacpp/installed ## check that llama.cpp, built from sou
 matrix: $(VENV)/installed ## check every supported transformers version in new environments (TORCH="2.6.0 2.15.0": these of torch, 3 GB each)
 	$(BIN)/python tools/matrix.py $(if $(TORCH),--torch $(TORCH))
 
-mutation: $(VENV)/installed ## mutate root modules at random and count what tests notice (FILES="rotary_internlm.py" N=40 SEED=1)
+mutation: $(VENV)/installed ## mutate code at random and count what tests notice (FILES="rotary_internlm.py tools/hub/*.py" N=40 SEED=1)
 	$(BIN)/python tools/mutation.py $(if $(FILES),--files $(FILES)) $(if $(N),--number $(N)) $(if $(SEED),--seed $(SEED))
 
 bench: $(VENV)/installed ## run the CPU benchmarks (benchmarks/README.md), about 18 minutes

@@ -52,7 +52,7 @@ def content(root):
 
 def test_mutants_change_code_and_nothing_else(project):
     """Each compiles, and annotations, docstrings, messages, imports and `__all__` are as they were."""
-    made = list(mutation.mutants(project / "two_internlm.py", seed=0))
+    made = list(mutation.mutants(project, "two_internlm.py", seed=0))
     assert {mutant.operator for mutant in made} == {
         "arithmetic", "comparison", "constant", "guard", "removed item", "removed statement",
     }  # fmt: skip
@@ -93,31 +93,29 @@ def test_mutants_change_code_and_nothing_else(project):
 )
 def test_operators(tmp_path, line, expected):
     """Every variant of every site, also of the branch that the installed transformers takes."""
-    file = tmp_path / "a.py"
-    file.write_text(line)
-    assert {mutant.after for seed in range(30) for mutant in mutation.mutants(file, seed)} == expected
+    (tmp_path / "a.py").write_text(line)
+    assert {mutant.after for seed in range(30) for mutant in mutation.mutants(tmp_path, "a.py", seed)} == expected
 
 
-@pytest.mark.parametrize("module", package.MODULES)
-def test_without_a_mutation_a_module_stays_the_same(module):
+@pytest.mark.parametrize("file", mutation.mutable(package.ROOT))
+def test_without_a_mutation_a_file_stays_the_same(file):
     """The copies hold it as `unparsed` writes it: other text, the same code, still ASCII."""
-    source = (package.ROOT / module).read_text(encoding="utf-8")
+    source = (package.ROOT / file).read_text(encoding="utf-8")
     written = mutation.unparsed(ast.parse(source))
     assert written.isascii() and mutation.bytecode(written) == mutation.bytecode(source)
 
 
 def test_a_seed_fixes_a_sample_and_a_longer_one_goes_on(project):
-    file = project / "two_internlm.py"
-    five = mutation.sample([file], 5, seed=3)
+    five = mutation.sample(project, ["two_internlm.py"], 5, seed=3)
     assert len(five) == 5
-    assert mutation.sample([file], 9, seed=3)[:5] == five
-    assert mutation.sample([file], 5, seed=4) != five
+    assert mutation.sample(project, ["two_internlm.py"], 9, seed=3)[:5] == five
+    assert mutation.sample(project, ["two_internlm.py"], 5, seed=4) != five
 
 
 def test_a_mutation_is_noticed_or_survives(project, tmp_path, monkeypatch):
     """The tests never call `area` without a width. The tree stays as it was; a rerun takes the stored results."""
     before, results = content(project), tmp_path / "build" / "results.jsonl"
-    made = {mutant.after: mutant for mutant in mutation.mutants(project / "two_internlm.py", seed=0)}
+    made = {mutant.after: mutant for mutant in mutation.mutants(project, "two_internlm.py", seed=0)}
     chosen = [made["return width / height"], made["pass"], made["if True:"]]
     records = mutation.run(project, chosen, results)
     assert [record["result"] for record in records] == ["noticed", "survived", "noticed"]
@@ -143,7 +141,7 @@ def test_what_coverage_cannot_see_is_noticed(project, tmp_path):
         "import inspect\nimport two_internlm as two\n\n"
         "def test_source():\n    assert 'raise' in inspect.getsource(two)\n"
     )
-    made = [mutant for mutant in mutation.mutants(project / "two_internlm.py", seed=0) if mutant.after == "pass"]
+    made = [mutant for mutant in mutation.mutants(project, "two_internlm.py", seed=0) if mutant.after == "pass"]
     (record,) = mutation.run(project, made, tmp_path / "results.jsonl")
     assert (record["result"], record["by"]) == ("noticed", "tests/test_two.py::test_source")
 
@@ -153,7 +151,7 @@ def test_the_tests_that_run_a_line_are_measured(project, tmp_path):
     (project / "tests" / "test_one.py").write_text(
         "import two_internlm\n\ndef test_name():\n    assert two_internlm\n"
     )
-    chosen = mutation.sample([project / "two_internlm.py"], 1, seed=0)
+    chosen = mutation.sample(project, ["two_internlm.py"], 1, seed=0)
     mutation.run(project, chosen, tmp_path / "results.jsonl")
     measured = mutation.measurements(project, tmp_path / "measured")
     assert list(measured) == ["tests/test_one.py", "tests/test_two.py"]
@@ -172,18 +170,36 @@ def test_the_tests_that_run_a_line_are_measured(project, tmp_path):
     assert [name for name in measured if measured[name] != changed[name]] == ["tests/test_one.py"]
 
 
+def test_only_test_files_that_load_a_file_are_run(project, tmp_path):
+    """A file of tools/, which a test runs in another process, and of the same name as one in another folder."""
+    for folder in ("one", "two"):
+        path = project / "tools" / folder / "number.py"
+        path.parent.mkdir(parents=True)
+        path.write_text("print(2 * 3)\n")
+        (project / "tests" / f"test_{folder}.py").write_text(
+            "import subprocess, sys\n\ndef test_number():\n"
+            f"    assert subprocess.check_output([sys.executable, {str(path.relative_to(project))!r}]) == b'6\\n'\n"
+        )
+    file = "tools/one/number.py"
+    made = next(mutant for mutant in mutation.mutants(project, file, 0) if mutant.operator == "arithmetic")
+    (record,) = mutation.run(project, [made], tmp_path / "results.jsonl")
+    assert (record["file"], record["by"]) == (file, "tests/test_one.py::test_number")
+    measured = mutation.measurements(project, tmp_path / "measured")
+    assert mutation.reaching(measured, file, 1) == ([], ["tests/test_one.py"])
+
+
 def test_an_endless_loop_is_a_timeout(project, tmp_path, monkeypatch):
     module = project / "two_internlm.py"
     module.write_text("def area(a, b):\n    while b > 1:\n        b -= 1\n        a += 2\n    return a + 0\n")
     (project / "tests" / "test_two.py").write_text(TESTS.partition("def test_grown")[0])
     monkeypatch.setattr(mutation, "TEST_TIMEOUT", 1)
-    endless = [mutant for mutant in mutation.mutants(module, seed=0) if mutant.after == "b += 1"]
+    endless = [mutant for mutant in mutation.mutants(project, module.name, seed=0) if mutant.after == "b += 1"]
     assert [record["result"] for record in mutation.run(project, endless, tmp_path / "results.jsonl")] == ["timeout"]
 
 
 def test_a_test_that_fails_without_a_mutation_notices_nothing(project, tmp_path, capsys):
     (project / "tests" / "test_two.py").write_text(TESTS.replace("== 6", "== 7"))
-    made = [mutant for mutant in mutation.mutants(project / "two_internlm.py", 0) if mutant.operator == "arithmetic"]
+    made = [mutant for mutant in mutation.mutants(project, "two_internlm.py", 0) if mutant.operator == "arithmetic"]
     assert [record["result"] for record in mutation.run(project, made, tmp_path / "results.jsonl")] == ["survived"]
     assert "Not counted, for they fail without a mutation: tests/test_two.py::test_area" in capsys.readouterr().out
 
@@ -192,13 +208,13 @@ def test_a_test_that_fails_now_and_then_notices_nothing(project, tmp_path):
     """Here it passes only while it is measured. A test that notices must pass once more without the mutation."""
     unreliable = TESTS.replace("two.area(2, 3) == 6", "two.area(2, 3) and 'coverage' in sys.modules")
     (project / "tests" / "test_two.py").write_text(f"import sys\n{unreliable}")
-    made = [mutant for mutant in mutation.mutants(project / "two_internlm.py", 0) if mutant.operator == "arithmetic"]
+    made = [mutant for mutant in mutation.mutants(project, "two_internlm.py", 0) if mutant.operator == "arithmetic"]
     assert [record["result"] for record in mutation.run(project, made, tmp_path / "results.jsonl")] == ["survived"]
 
 
 def test_a_test_file_that_cannot_be_run_is_an_error(project, tmp_path):
     (project / "tests" / "test_two.py").write_text("import two_internlm, absent")
-    chosen = mutation.sample([project / "two_internlm.py"], 1, seed=0)
+    chosen = mutation.sample(project, ["two_internlm.py"], 1, seed=0)
     with pytest.raises(SystemExit, match=r"pytest tests/test_two\.py ends with 2, without a mutation"):
         mutation.run(project, chosen, tmp_path / "results.jsonl")
 

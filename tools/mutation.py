@@ -1,12 +1,12 @@
-"""Change the root modules at random, one place at a time, and count what the tests notice: `make mutation`.
+"""Change the code at random, one place at a time, and count what the tests notice: `make mutation`.
 
-    python tools/mutation.py --files rotary_internlm.py cache_internlm.py --number 20 --seed 1
+    python tools/mutation.py --files rotary_internlm.py tools/hub/*.py --number 20 --seed 1
 
 A seed fixes the sample: each file gets a share by its lines, and a site in it is as likely as any other. First every
 test file runs once without a mutation, with coverage, in a process of its own. Each mutation is then tested in a copy
-of the tree: by the quickest tests that run its line, and if they pass by all test files, first those that run it. It
-has survived when all tests pass. Each result is appended to build/mutation/<seed>.jsonl, so that a rerun resumes; when
-a module has changed, its mutations are new ones. Exits with 1 below --at-least.
+of the tree: by the quickest tests that run its line, and if they pass by every test file that loads its file, first
+those that run its line. It has survived when all tests pass. Each result is appended to build/mutation/<seed>.jsonl,
+so that a rerun resumes; when a file has changed, its mutations are new ones. Exits with 1 below --at-least.
 """
 
 import argparse
@@ -67,7 +67,7 @@ class Site(NamedTuple):
 
 
 class Mutant(NamedTuple):
-    file: str
+    file: str  # its path in the tree
     line: int
     operator: str
     before: str
@@ -77,6 +77,12 @@ class Mutant(NamedTuple):
     @property
     def key(self) -> str:
         return hashlib.sha256(f"{self.file}\n{self.source}".encode()).hexdigest()[:16]
+
+
+def mutable(root: Path) -> list[str]:
+    """The files that can be mutated: those of the root and of tools/ but this one."""
+    paths = [*root.glob("*.py"), *root.glob("tools/**/*.py")]
+    return sorted(path.relative_to(root).as_posix() for path in paths if path.name != "mutation.py")
 
 
 def without(items: list, index: int) -> list:
@@ -229,11 +235,11 @@ def bytecode(source: str) -> Any:
         return compile(tree, "", "exec")
 
 
-def mutants(path: Path, seed: int) -> Iterator[Mutant]:
+def mutants(root: Path, file: str, seed: int) -> Iterator[Mutant]:
     """All mutants of a file in the seed's order, one variant of each site; none that is not a change or no Python."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
+    tree = ast.parse((root / file).read_text(encoding="utf-8"))
     original = unparsed(tree)
-    code, draw = bytecode(original), random.Random(f"{seed} {path.name}")
+    code, draw = bytecode(original), random.Random(f"{seed} {file}")
     found = sites(tree)
     for site in draw.sample(found, len(found)):
         variant = draw.choice(site.variants)
@@ -250,17 +256,17 @@ def mutants(path: Path, seed: int) -> Iterator[Mutant]:
             continue
         difference = list(difflib.ndiff(original.splitlines(), source.splitlines()))
         before, after = (" ".join(line[2:].strip() for line in difference if line[0] == sign) for sign in "-+")
-        yield Mutant(path.name, site.line, site.operator, before, after, source)
+        yield Mutant(file, site.line, site.operator, before, after, source)
 
 
-def sample(files: list[Path], number: int, seed: int) -> list[Mutant]:
+def sample(root: Path, files: list[str], number: int, seed: int) -> list[Mutant]:
     """`number` mutants, shared among the files by their lines (largest remainders)."""
-    lines = [len(path.read_text(encoding="utf-8").splitlines()) for path in files]
+    lines = [len((root / file).read_text(encoding="utf-8").splitlines()) for file in files]
     shares = [number * count / sum(lines) for count in lines]
     counts = [math.floor(share) for share in shares]
     for i in sorted(range(len(files)), key=lambda i: counts[i] - shares[i])[: number - sum(counts)]:
         counts[i] += 1
-    chosen = [itertools.islice(mutants(path, seed), count) for path, count in zip(files, counts, strict=True)]
+    chosen = [itertools.islice(mutants(root, file, seed), count) for file, count in zip(files, counts, strict=True)]
     return list(itertools.chain.from_iterable(chosen))
 
 
@@ -303,7 +309,8 @@ def measure(tree: Path, item: tuple[str, Path]) -> None:
     """
     test_file, stem = item
     settings, data = stem.with_suffix(".ini"), stem.with_suffix(".coverage")
-    settings.write_text(f"[run]\ninclude = */*_internlm.py\npatch = subprocess\ndata_file = {data}\n")
+    include = ", ".join(f"*/{file}" for file in mutable(tree))
+    settings.write_text(f"[run]\ninclude = {include}\npatch = subprocess\ndata_file = {data}\n")
     options = [f"--cov-config={settings}", "--cov", "--cov-context=test", "--cov-report=", "--durations=0", "-vv"]
     status, output = run_pytest(tree, [*options, test_file])
     if status not in (0, 1, 5):  # all passed, some failed, all are for other environments
@@ -318,18 +325,21 @@ def failing(measured: dict[str, Path]) -> list[str]:
     return [name for stem in measured.values() for name in failures(stem.with_suffix(".txt").read_text("utf-8"))]
 
 
-def reaching(measured: dict[str, Path], module: str, line: int) -> tuple[list[str], list[str]]:
-    """Tests that run this line, the quickest first, up to QUICK seconds; and all test files, first those that run it.
+def reaching(measured: dict[str, Path], file: str, line: int) -> tuple[list[str], list[str]]:
+    """Tests that run this line, the quickest first, up to QUICK seconds; and the test files that load its file.
 
-    Coverage sees neither what torch.compile runs nor, in a test, what was computed once for several.
+    Test files that run the line come first. Coverage sees neither what torch.compile runs nor, in a test, what was
+    computed once for several, or by a process that serves several.
     """
     tests: dict[str, float] = {}
     files: dict[str, tuple[bool, float]] = {}
     for name, stem in measured.items():
         data = coverage.CoverageData(str(stem.with_suffix(".coverage")))
         data.read()
-        modules = [file for file in data.measured_files() if Path(file).name == module]
-        contexts = {context for file in modules for context in data.contexts_by_lineno(file).get(line, ())}
+        loaded = [path for path in data.measured_files() if path.endswith(f"/{file}")]
+        if not loaded:
+            continue
+        contexts = {context for path in loaded for context in data.contexts_by_lineno(path).get(line, ())}
         seconds: Counter = Counter()
         for time, test in DURATION.findall(stem.with_suffix(".txt").read_text(encoding="utf-8")):
             seconds[test] += float(time)
@@ -365,13 +375,13 @@ def test(measured: dict[str, Path], tree: Path, mutant: Mutant) -> dict[str, str
 
 
 def copies(root: Path, folder: Path, count: int) -> queue.Queue:
-    """Copies of the tree, with the modules as `unparsed` writes them, for the mutants are written so."""
+    """Copies of the tree, with the files as `unparsed` writes them, for the mutants are written so."""
     trees: queue.Queue = queue.Queue()
     for number in range(count):
         tree = folder / str(number)
         shutil.copytree(root, tree, ignore=NOT_COPIED)
-        for module in tree.glob("*_internlm.py"):
-            module.write_text(unparsed(ast.parse(module.read_text(encoding="utf-8"))), encoding="utf-8")
+        for path in (tree / file for file in mutable(tree)):
+            path.write_text(unparsed(ast.parse(path.read_text(encoding="utf-8"))), encoding="utf-8")
         trees.put(tree)
     return trees
 
@@ -469,7 +479,7 @@ def report(records: list[dict[str, Any]]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--files", nargs="+", metavar="FILE", help="root modules (default: all *_internlm.py)")
+    parser.add_argument("--files", nargs="+", metavar="FILE", help="in the root or tools/ (default: *_internlm.py)")
     parser.add_argument("--number", type=int, default=40, help="how many mutations (default: 40)")
     parser.add_argument("--seed", type=int, default=1, help="which ones (default: 1)")
     parser.add_argument("--jobs", type=int, default=2, help="in parallel (default: 2)")
@@ -477,10 +487,10 @@ def main() -> int:
     parser.add_argument("--at-least", type=float, default=90, metavar="PERCENT", help="noticed, else exit with 1")
     parser.add_argument("--list", action="store_true", help="print the mutations and run nothing")
     arguments = parser.parse_args()
-    files = [ROOT / name for name in arguments.files or sorted(path.name for path in ROOT.glob("*_internlm.py"))]
-    if missing := [path.name for path in files if not path.is_file()]:
-        parser.error(f"{missing[0]!r} is no file of {ROOT}: give names such as rotary_internlm.py.")
-    sampled = sample(files, arguments.number, arguments.seed)
+    files = arguments.files or sorted(path.name for path in ROOT.glob("*_internlm.py"))
+    if unknown := [file for file in files if file not in mutable(ROOT)]:
+        parser.error(f"{unknown[0]!r} cannot be mutated: give paths such as rotary_internlm.py or tools/hub/push.py.")
+    sampled = sample(ROOT, files, arguments.number, arguments.seed)
     if arguments.list:
         for m in sampled:
             print(f"{m.file}:{m.line} {m.operator}\n    - {m.before}\n    + {m.after}")
