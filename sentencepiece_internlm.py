@@ -85,7 +85,7 @@ def read_model(path: str | os.PathLike | None) -> SentencePieceModel:
                 types.append(piece.get(3, NORMAL))
             elif message in (_TRAINER, _NORMALIZER):
                 settings.update({(message, field): value for field, value in _fields(content)})
-        if not pieces or len(set(pieces)) < len(pieces) or types.count(UNKNOWN) != 1 or not settings:
+        if not all(pieces) or len(set(pieces)) < len(pieces) or types.count(UNKNOWN) != 1 or not settings:
             raise ValueError("pieces or settings are missing")
     except (ValueError, LookupError, TypeError, AttributeError, struct.error) as error:
         raise ValueError(
@@ -96,7 +96,9 @@ def read_model(path: str | os.PathLike | None) -> SentencePieceModel:
         for key, (name, needed, unset) in _SETTINGS.items()
         if settings.get(key, unset) != needed
     ]
-    if wrong or types.count(BYTE) != 256 or set(types) - {NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE}:
+    in_bytes = sorted(piece for piece, kind in zip(pieces, types, strict=True) if kind == BYTE)
+    known = {NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE}
+    if wrong or in_bytes != [f"<0x{byte:02X}>" for byte in range(256)] or set(types) - known:
         raise ValueError(
             f"{path} is another model's tokenizer, not InternLM's ({'; '.join(wrong) or 'its pieces differ'}): "
             "load it with its own class, or put InternLM's file there."

@@ -774,6 +774,8 @@ BROKEN = {
     "two unknown pieces": (MODEL + piece(b"<unk2>", 2), "is not a complete SentencePiece model"),
     "no unknown piece": (MODEL.replace(UNKNOWN, UNKNOWN[:-1] + b"\x03"), "is not a complete SentencePiece model"),
     "257 bytes": (MODEL + piece(b"<0x100>", 6), r"another model's tokenizer, not InternLM's \(its pieces differ\)"),
+    "a byte by another name": (MODEL.replace(b"<0x41>", b"<0xA>A"), r"another model's.*\(its pieces differ\)"),
+    "an empty piece": (MODEL + piece(b"", 1), "is not a complete SentencePiece model"),
     "unescaped spaces": (MODEL + b"\x1a\x02\x28\x00", r"another model's.*\(escape_whitespaces is 0, not 1\)"),
 }
 
@@ -838,15 +840,29 @@ def test_broken_tokenizer_json(tmp_path, content):
         load(folder)
 
 
-def check_damage(read, model: bytes, path: Path, at: int, data: bytes, cut: bool) -> None:
-    """Any damage is either harmless or one ValueError that names the fix."""
-    path.write_bytes(model[:at] + data + (b"" if cut else model[at + len(data) :]))
+def read_by_sentencepiece(model: bytes) -> tuple[list, list, list] | None:
+    """(pieces, scores, what each is) as SentencePiece reads them, or None where it refuses the model."""
     try:
-        pieces, scores, types = read(str(path))
+        sp = sentencepiece.SentencePieceProcessor(model_proto=model)
+    except (RuntimeError, UnicodeDecodeError):  # the message itself cannot be decoded
+        return None
+    ids = range(sp.vocab_size())
+    kinds = [(sp.is_unknown(i), sp.is_control(i), sp.is_byte(i)) for i in ids]
+    return [sp.id_to_piece(i) for i in ids], [sp.get_score(i) for i in ids], kinds
+
+
+def check_damage(module, model: bytes, path: Path, at: int, data: bytes, cut: bool) -> None:
+    """Any damage is one ValueError that names the fix, or what is read is what SentencePiece reads."""
+    damaged = model[:at] + data + (b"" if cut else model[at + len(data) :])
+    path.write_bytes(damaged)
+    try:
+        pieces, scores, types = module.read_model(str(path))
     except ValueError as error:
         assert re.search("fetch|put InternLM's", str(error))
-    else:
-        assert len(pieces) == len(scores) == len(types)
+        return
+    expected = read_by_sentencepiece(damaged)
+    kinds = [(kind == module.UNKNOWN, kind == module.CONTROL, kind == module.BYTE) for kind in types]
+    assert expected is None or repr(expected) == repr((pieces, scores, kinds))  # of NaN, too
 
 
 @FUZZ
@@ -854,7 +870,7 @@ def check_damage(read, model: bytes, path: Path, at: int, data: bytes, cut: bool
 def test_damaged_model_file(small_folder, tmp_path_factory, at, data, cut):
     model = (small_folder / "tokenizer.model").read_bytes()
     path = tmp_path_factory.getbasetemp() / "damaged.model"
-    check_damage(package.load("sentencepiece").read_model, model, path, int(at * len(model)), data, cut)
+    check_damage(package.load("sentencepiece"), model, path, int(at * len(model)), data, cut)
 
 
 @pytest.mark.slow
@@ -863,4 +879,4 @@ def test_damaged_model_file(small_folder, tmp_path_factory, at, data, cut):
 def test_damaged_model_file_long(small_folder, tmp_path_factory, at, data, cut):
     model = (small_folder / "tokenizer.model").read_bytes()
     path = tmp_path_factory.getbasetemp() / "damaged.model"
-    check_damage(package.load("sentencepiece").read_model, model, path, int(at * len(model)), data, cut)
+    check_damage(package.load("sentencepiece"), model, path, int(at * len(model)), data, cut)
