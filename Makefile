@@ -3,7 +3,8 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 TINY := build/internlm-tiny
-SEED ?= $(shell date +%s)
+# What users set reaches the recipes in the environment as it is: neither make nor the shell expands it.
+$(foreach name,MODEL PROMPT ARGS PORT FILES N SEED TORCH,$(if $(filter-out undefined,$(origin $(name))),$(eval override export $(name) := $$(value $(name)))))
 export PYTHONUNBUFFERED := 1
 export TOKENIZERS_PARALLELISM := false
 
@@ -13,19 +14,28 @@ export TOKENIZERS_PARALLELISM := false
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 18
 
-$(VENV)/installed: requirements.txt requirements-dev.txt
+# One environment, to which each target adds what it needs.
+$(VENV)/running: requirements.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-dev.txt
+	$(BIN)/python -m pip install --disable-pip-version-check -r requirements.txt
 	@touch $@
 
-demo: $(VENV)/installed ## generate text: English, Chinese, one chat turn (MODEL=path-or-repo-id PROMPT="..." for yours)
-	@$(BIN)/python examples/demo.py $(if $(MODEL),--model "$(MODEL)") $(if $(PROMPT),--prompt "$(PROMPT)")
+$(VENV)/chatting: $(VENV)/running requirements-chat.txt
+	$(BIN)/python -m pip install --disable-pip-version-check -r requirements-chat.txt
+	@touch $@
 
-chat: $(VENV)/installed ## chat in the terminal (MODEL=path-or-repo-id)
-	@$(BIN)/python examples/chat.py $(if $(MODEL),--model "$(MODEL)")
+$(VENV)/installed: $(VENV)/running requirements-chat.txt requirements-dev.txt
+	$(BIN)/python -m pip install --disable-pip-version-check -r requirements-dev.txt
+	@touch $@
+
+demo: $(VENV)/running ## generate text: English, Chinese, one chat turn (MODEL=path-or-repo-id PROMPT="..." for yours)
+	@$(BIN)/python examples/demo.py $${MODEL:+--model "$$MODEL"} $${PROMPT:+--prompt "$$PROMPT"}
+
+chat: $(VENV)/chatting ## chat in the terminal (MODEL=path-or-repo-id ARGS="--greedy --seed 1 ...")
+	@$(BIN)/python examples/chat.py $${MODEL:+--model "$$MODEL"} $$ARGS
 
 serve: .venvs/serving/installed ## start an OpenAI-compatible server, docs/serving.md (MODEL=path-or-repo-id PORT=8000)
-	@.venvs/serving/bin/python examples/serve.py $(if $(MODEL),--model "$(MODEL)") $(if $(PORT),--port $(PORT))
+	@.venvs/serving/bin/python examples/serve.py $${MODEL:+--model "$$MODEL"} $${PORT:+--port "$$PORT"}
 
 .venvs/serving/installed: requirements.txt requirements-serving.txt
 	$(PYTHON) -m venv .venvs/serving
@@ -34,8 +44,9 @@ serve: .venvs/serving/installed ## start an OpenAI-compatible server, docs/servi
 
 # Two workers with as many threads as cores: threads that spin while they wait take the cores from each other.
 test: $(VENV)/installed ## run the tests, in random order (SEED=the number that an earlier run printed for the same one)
+	@seed="$${SEED:-$$(date +%s)}"; echo "SEED=$$seed"; \
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -m "not slow and not evaluation and not ecosystem and not gpu" -n 2 --dist loadfile \
-		--randomly-seed=$(SEED)
+		--randomly-seed="$$seed"
 
 test-gpu: $(VENV)/installed ## run the tests that need a CUDA device; without one they are skipped
 	$(BIN)/python -m pytest -q -m gpu
@@ -89,10 +100,10 @@ test-llamacpp: .venvs/llamacpp/installed ## check that llama.cpp, built from sou
 	@touch $@
 
 matrix: $(VENV)/installed ## check every supported transformers version in new environments (TORCH="2.6.0 2.15.0": these of torch, 3 GB each)
-	$(BIN)/python tools/matrix.py $(if $(TORCH),--torch $(TORCH))
+	$(BIN)/python tools/matrix.py $${TORCH:+--torch $$TORCH}
 
 mutation: $(VENV)/installed ## mutate code at random and count what tests notice (FILES="rotary_internlm.py tools/hub/*.py" N=40 SEED=1)
-	$(BIN)/python tools/mutation.py $(if $(FILES),--files $(FILES)) $(if $(N),--number $(N)) $(if $(SEED),--seed $(SEED))
+	$(BIN)/python tools/mutation.py $${FILES:+--files $$FILES} $${N:+--number "$$N"} $${SEED:+--seed "$$SEED"}
 
 bench: $(VENV)/installed ## run the CPU benchmarks (benchmarks/README.md), about 18 minutes
 	for file in cpu long_context loading tokenizer plot; do $(BIN)/python benchmarks/$$file.py || exit 1; done

@@ -393,13 +393,19 @@ class InternLMTokenizer(PreTrainedTokenizerFast):
 
         Raises:
             ValueError: role_headers is "refuse" and a header was found, or "break" and one was put together by the
-                template; or template and messages write a control token together.
+                template; or template and messages write a control token together; or there is no template.
         """
         if role_headers not in ("keep", "break", "refuse"):
             raise ValueError(f'role_headers={role_headers!r} is not allowed: it must be "keep", "break" or "refuse".')
         conversation, tools, documents, kwargs = read_iterators((conversation, tools, documents, kwargs))
         if role_headers == "break":
             conversation, tools, documents = break_role_headers(conversation, tools, documents)
+        if not (chat_template or self.chat_template):
+            raise ValueError(
+                "The tokenizer has no chat template: put chat_template.jinja (for internlm-chat-7b and -7b-8k "
+                "variants/early_chat_template.jinja, under the same name) into the model's folder and load it again, "
+                "or complete the folder with upload_to_hub.py."
+            )
         template = self.get_chat_template(chat_template, tools)
         options = (add_generation_prompt, continue_final_message)
         apply = super().apply_chat_template

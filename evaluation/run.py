@@ -21,8 +21,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from huggingface_hub import snapshot_download
+
 from evaluation.card import CODE_IS_OFF, Benchmark, select
 from evaluation.results import Store, fingerprint, markdown, summarise, write_atomic
+from tools.model_folder import complete_model
 from tools.package import ROOT
 
 
@@ -69,20 +72,8 @@ def model_folder(model: str) -> Path:
     Raises:
         SystemExit: There is no such folder or repository, or it lacks the model's code.
     """
-    folder = Path(model)
-    if not folder.is_dir():
-        from huggingface_hub import snapshot_download
-
-        try:
-            folder = Path(snapshot_download(model))
-        except (OSError, ValueError) as error:
-            raise SystemExit(f"--model {model!r} is neither a folder nor available on the Hub: {error}") from error
-    if missing := [name for name in ("config.json", "modeling_internlm.py") if not (folder / name).exists()]:
-        raise SystemExit(
-            f"--model {model!r} lacks {' and '.join(missing)}: create a complete folder with "
-            f"python upload_to_hub.py --weights {model} --local-dir OUT"
-        )
-    return folder
+    name = complete_model(model)
+    return Path(name if Path(name).is_dir() else snapshot_download(name))
 
 
 def settings_of(folder: Path, options: argparse.Namespace) -> dict[str, Any]:

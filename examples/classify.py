@@ -3,7 +3,7 @@
 import argparse
 
 import torch
-from demo import tiny_model
+from demo import complete_model
 from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, logging
 
@@ -35,7 +35,7 @@ def main() -> None:
     arguments = parser.parse_args()
     logging.set_verbosity_error()
     torch.manual_seed(0)
-    name, labels = arguments.model or tiny_model(), list(EXAMPLES)
+    name, labels = complete_model(arguments.model), list(EXAMPLES)
     tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=True)
     model = AutoModelForSequenceClassification.from_pretrained(
         name,

@@ -1,32 +1,40 @@
 """`make demo`: streams an English and a Chinese text and a chat reply that stops by itself."""
 
 import argparse
+import signal
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer, logging, set_seed
+
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the program without a traceback, from here on
+
+import torch  # noqa: E402
+from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer, logging, set_seed  # noqa: E402
 
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from tools.model_folder import complete_model  # noqa: E402
+
+
 PROMPTS = ("Coming to the beautiful nature, we found", "来到美丽的大自然，我们发现")
 QUESTION = "Who are you?"
 # The sampling settings of the official model card.
 SETTINGS = {"max_length": 128, "do_sample": True, "top_p": 0.8, "temperature": 0.8, "repetition_penalty": 1.05}
 
 
-def tiny_model() -> str:
-    """A folder with checkpoints/tiny and the code, exactly like an uploaded repository."""
-    sys.path.insert(0, str(ROOT))
-    from upload_to_hub import assemble
+def load(name: str | None) -> tuple[Any, Any]:
+    """Tokenizer and model of a folder or Hub repository (None: the tiny model), in its saved dtype.
 
-    return str(assemble(weights=ROOT / "checkpoints" / "tiny", out=ROOT / "build" / "internlm-tiny").out)
-
-
-def load(name: str) -> tuple[Any, Any]:
-    """Tokenizer and model of a folder or Hub repository, in its saved dtype, on the best available device."""
+    Raises:
+        SystemExit: There is no such model.
+    """
+    if name is None:  # the tiny model needs no progress bar
+        logging.disable_progress_bar()
+    name = complete_model(name)
     tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=True)
     model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=True, dtype="auto", device_map="auto")
     return tokenizer, model.eval()
@@ -41,10 +49,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1, help="random seed (default: %(default)s)")
     arguments = parser.parse_args()
     logging.set_verbosity_error()
-    if not arguments.model:
-        logging.disable_progress_bar()
 
-    tokenizer, model = load(arguments.model or tiny_model())
+    tokenizer, model = load(arguments.model)
     tokens, seconds = 0, 0.0
     for prompt in [arguments.prompt] if arguments.prompt else PROMPTS:
         set_seed(arguments.seed)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from demo import tiny_model
+from demo import complete_model
 from torch.distributed.pipelining import ScheduleGPipe, SplitPoint, pipeline
 from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 from transformers.distributed import DistributedConfig
@@ -89,7 +89,7 @@ def main() -> None:
     if torch.accelerator.is_available():
         torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group()
-    names = [arguments.model or (tiny_model() if dist.get_rank() == 0 else None)]
+    names = [complete_model(arguments.model) if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(names)
     name = str(names[0])
     tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=True)

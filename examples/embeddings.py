@@ -3,7 +3,7 @@
 import argparse
 
 import torch
-from demo import tiny_model
+from demo import complete_model
 from transformers import AutoModel, AutoTokenizer, logging
 
 
@@ -25,7 +25,7 @@ def main() -> None:
     parser.add_argument("--model", help="a model folder or Hub repository id (default: the tiny model)")
     arguments = parser.parse_args()
     logging.set_verbosity_error()
-    name = arguments.model or tiny_model()
+    name = complete_model(arguments.model)
     tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=True)
     # AutoModel loads the decoder without the language modeling head, which embeddings do not need.
     model = AutoModel.from_pretrained(name, trust_remote_code=True, dtype="auto", device_map="auto").eval()

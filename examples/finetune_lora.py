@@ -6,7 +6,7 @@ Needs `pip install peft`. Trains on one chat turn in the model's prompt format; 
 import argparse
 
 import torch
-from demo import load, tiny_model
+from demo import load
 from peft import LoraConfig, get_peft_model
 from tqdm import tqdm
 from transformers import logging
@@ -26,7 +26,7 @@ def main() -> None:
     arguments = parser.parse_args()
     logging.set_verbosity_error()
     torch.manual_seed(0)
-    tokenizer, model = load(arguments.model or tiny_model())
+    tokenizer, model = load(arguments.model)
     model = model.float()
     print("before:", model.chat(tokenizer, QUESTION, do_sample=False, max_new_tokens=40)[0])
 

@@ -4,7 +4,7 @@ import argparse
 import tempfile
 from collections import Counter
 
-from demo import tiny_model
+from demo import complete_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
 
@@ -17,7 +17,7 @@ def main() -> None:
     parser.add_argument("--prompt", default="In the evening")
     arguments = parser.parse_args()
     logging.set_verbosity_error()
-    name = arguments.model or tiny_model()
+    name = complete_model(arguments.model)
     tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=True)
     with tempfile.TemporaryDirectory() as folder:
         # With a GPU, max_memory={0: "20GB", "cpu": "30GB"} fills it first.

@@ -2,7 +2,7 @@
 
 import argparse
 
-from demo import load, tiny_model
+from demo import load
 from transformers import logging, pipeline
 
 
@@ -11,7 +11,7 @@ def main() -> None:
     parser.add_argument("--model", help="a model folder or Hub repository id (default: the tiny model)")
     arguments = parser.parse_args()
     logging.set_verbosity_error()
-    tokenizer, model = load(arguments.model or tiny_model())
+    tokenizer, model = load(arguments.model)
     generate = pipeline("text-generation", model=model, tokenizer=tokenizer)
 
     settings = {"max_new_tokens": 30, "do_sample": False}

@@ -7,7 +7,7 @@ Clients use the same model id as --model.
 
 import argparse
 
-from demo import tiny_model
+from demo import complete_model
 from transformers import AutoConfig
 from transformers.cli.serving import model_manager
 from transformers.cli.transformers import app
@@ -20,7 +20,7 @@ def main() -> None:
     )
     parser.add_argument("--model", help="a model folder or Hub repository id (default: the tiny model)")
     arguments, options = parser.parse_known_args()
-    name = arguments.model or tiny_model()
+    name = complete_model(arguments.model)
     config = AutoConfig.from_pretrained(name, trust_remote_code=True)
     # `transformers serve` looks up the model's class by name in transformers, which does not contain remote code. It
     # must be set in the module object that `serve` uses: `import transformers` here may give another one (5.24).

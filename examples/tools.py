@@ -7,7 +7,7 @@ import argparse
 import ast
 import operator
 
-from demo import load, tiny_model
+from demo import load
 from transformers import logging
 
 
@@ -87,7 +87,7 @@ def main() -> None:
     arguments = parser.parse_args()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    tokenizer, model = load(arguments.model or tiny_model())
+    tokenizer, model = load(arguments.model)
     messages = run(model, tokenizer, arguments.question)
     for message in messages:
         calls = [call["function"] for call in message.get("tool_calls", [])]

@@ -3,6 +3,7 @@
 import inspect
 import logging
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -15,15 +16,17 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import (
     AutoModelForCausalLM,
+    AutoTokenizer,
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
     PreTrainedTokenizerFast,
     StoppingCriteriaList,
     TextIteratorStreamer,
+    pipeline,
 )
 
-from support.paths import GOLDEN
+from support.paths import GOLDEN, ROOT
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +37,24 @@ def model(tiny_model):
 @pytest.fixture(scope="module")
 def tokenizer(tiny_tokenizer):
     return tiny_tokenizer
+
+
+def test_without_a_template_the_error_says_where_to_get_one(model, tiny_dir, tmp_path):
+    """As with a folder of 2023 whose code alone was replaced. As a file it works, once it is there."""
+    folder = shutil.copytree(tiny_dir, tmp_path / "old", ignore=shutil.ignore_patterns("chat_template.jinja"))
+    old = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    messages = [{"role": "user", "content": "Who are you?"}]
+    for call in (
+        lambda: model.chat(old, "Who are you?"),
+        lambda: next(model.stream_chat(old, "Who are you?")),
+        lambda: old.apply_chat_template(messages, tokenize=False),
+        lambda: pipeline("text-generation", model=model, tokenizer=old)(messages),
+    ):
+        with pytest.raises(ValueError, match="no chat template: put chat_template.jinja .* upload_to_hub.py"):
+            call()
+    shutil.copy(ROOT / "chat_template.jinja", folder)
+    new = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    assert model.chat(new, "Who are you?", do_sample=False)[0].startswith("I am InternLM")
 
 
 class Forced(LogitsProcessor):

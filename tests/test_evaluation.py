@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -271,12 +272,15 @@ def test_errors_name_the_invalid_option(options: list[str], message: str, capsys
     assert message in capsys.readouterr().err
 
 
-def test_weights_without_code_are_refused_with_the_command_that_helps():
-    """checkpoints/tiny is what everybody tries first."""
-    with pytest.raises(
-        SystemExit, match="lacks modeling_internlm.py: .* upload_to_hub.py --weights .*tiny --local-dir"
-    ):
-        run.model_folder(str(TINY))
+def test_weights_without_code_are_refused_with_the_command_that_helps(tmp_path: Path):
+    weights = shutil.copytree(TINY, tmp_path / "weights")
+    with pytest.raises(SystemExit, match="lacks this project's code: .* upload_to_hub.py --weights .* --local-dir"):
+        run.model_folder(str(weights))
+
+
+def test_the_tiny_checkpoint_is_completed():
+    """It's what everybody tries first."""
+    assert (run.model_folder(str(TINY)) / "modeling_internlm.py").is_file()
 
 
 def test_without_lm_eval_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch):

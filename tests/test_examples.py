@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import select
 import shutil
 import signal
@@ -10,6 +11,7 @@ import sys
 import time
 
 import pytest
+import torch
 
 from support.paths import ROOT
 
@@ -50,16 +52,21 @@ def test_offload(tiny_dir):
     assert small[1:] == large[1:] and small[1].startswith("In the evening ")
 
 
+READY, SENT = "\x1b[?2004h", "\x1b[?2004l"  # prompt_toolkit waits for a message; it has got one
+STYLE = re.compile(r"\x1b\[\d*m")
+
+
 class Terminal:
     """A program on a pseudo-terminal, as its user sees it; killed at the end if it still runs."""
 
     def __init__(self, *command: str) -> None:
         import pty  # not on Windows
 
+        settings = {"TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1", "OMP_NUM_THREADS": str(torch.get_num_threads())}
         self.pid, self.screen = pty.fork()
         if not self.pid:
             os.chdir(ROOT)
-            os.execve(command[0], command, {**os.environ, "TERM": "dumb", "OMP_NUM_THREADS": "1"})
+            os.execve(command[0], command, {**os.environ, **settings})
 
     def __enter__(self) -> "Terminal":
         return self
@@ -71,21 +78,21 @@ class Terminal:
         os.close(self.screen)
 
     def wait_for(self, text: str, seconds: float = 60) -> str:
-        """The output up to `text`."""
+        """The output up to `text`, without styles."""
         shown, end = b"", time.monotonic() + seconds
         while not shown.endswith(text.encode()):
             assert select.select([self.screen], [], [], max(0, end - time.monotonic()))[0], f"no {text!r}: {shown!r}"
             shown += os.read(self.screen, 1)
-        return shown.decode().removesuffix(text).replace("\r\n", "\n")
+        return STYLE.sub("", shown.decode().removesuffix(text).replace("\r\n", "\n"))
 
     def type(self, keys: str) -> None:
         os.write(self.screen, keys.encode())
 
-    def ask(self, line: str, seconds: float = 60) -> str:
-        """Type a line at the prompt; returns the output until the next prompt, without the echoed line."""
-        self.type(line + "\n")
-        self.wait_for(line + "\r\n")  # the terminal's echo
-        return self.wait_for(PROMPT, seconds)
+    def ask(self, message: str, seconds: float = 60) -> str:
+        """Type a message; returns what is printed until the next one can be typed."""
+        self.type(message + ENTER)
+        self.wait_for(SENT)
+        return self.wait_for(READY, seconds)
 
     def exit_code(self) -> int:
         """Wait for the program to exit."""
@@ -97,13 +104,18 @@ class Terminal:
         return os.waitstatus_to_exitcode(found[1])
 
 
-PROMPT = "\r\n<|User|>: "
-CHAT = (sys.executable, "examples/chat.py", "--greedy", "--model")
+ENTER, ALT_ENTER, UP, CTRL_C, CTRL_D = "\r", "\x1b\r", "\x1b[A", "\x03", "\x04"
 on_a_terminal = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no pseudo-terminals")
 
 
+@pytest.fixture
+def chat(tmp_path):
+    """The command, with a history of its own."""
+    return sys.executable, "examples/chat.py", "--greedy", "--history", str(tmp_path / "history"), "--model"
+
+
 @on_a_terminal
-def test_chat_in_a_terminal(tiny_dir, tiny_model, tiny_tokenizer):
+def test_chat_in_a_terminal(chat, tiny_dir, tiny_model, tiny_tokenizer):
     """History, /system, /reset and /quit: each answer equals chat()'s with the current history and system text."""
     statement, system = "Remember: the key is apple4321.", "Remember: the key is apple8765. 请记住。"
     question = "Which key begins with apple?"
@@ -116,42 +128,93 @@ def test_chat_in_a_terminal(tiny_dir, tiny_model, tiny_tokenizer):
         answer(question, *context) for context in (([(statement, noted)], None), ([], None), ([], system))
     )
     assert len({with_history, alone, with_system}) == 3  # otherwise the output could not distinguish them
-    with Terminal(*CHAT, str(tiny_dir)) as terminal:
-        terminal.wait_for(PROMPT)
-        assert terminal.ask(statement) == f"<|Bot|>: {noted}\n"
-        assert terminal.ask(question) == f"<|Bot|>: {with_history}\n"
-        assert terminal.ask("/reset") == ""
-        assert terminal.ask(question) == f"<|Bot|>: {alone}\n"
-        assert terminal.ask("/rest") == "commands: /reset, /system TEXT, /quit\n"
-        assert terminal.ask(f"/system {system}") == terminal.ask("/reset") == ""
-        assert terminal.ask(question) == f"<|Bot|>: {with_system}\n"
-        terminal.type("/quit\n")
+    with Terminal(*chat, str(tiny_dir)) as terminal:
+        terminal.wait_for(READY)
+        assert terminal.ask(statement) == f"Bot: {noted}\n"
+        assert terminal.ask(question) == f"Bot: {with_history}\n"
+        assert terminal.ask("/reset") == "* A new conversation begins.\n"
+        assert terminal.ask(question) == f"Bot: {alone}\n"
+        assert terminal.ask(f"/system {system}") == f"* The system text is now: {system}\n"
+        terminal.ask("/reset")
+        assert terminal.ask(question) == f"Bot: {with_system}\n"
+        assert terminal.ask("/system") == "* There is no system text now.\n"
+        assert terminal.ask("/help").startswith("* /reset ")
+        assert terminal.ask("/rest") == (
+            "* There is no command /rest. /help lists the commands; as a message, put a space before it.\n"
+        )
+        terminal.type("/quit" + ENTER)
         assert terminal.exit_code() == 0
 
 
 @on_a_terminal
-def test_ctrl_c_stops_the_answer_and_not_the_program(tiny_dir, tmp_path):
+def test_every_text_can_be_a_message(chat, tiny_dir, tiny_model, tiny_tokenizer):
+    """Several lines, pasted or typed; a path; a command after a space. Up recalls it in a later run."""
+
+    def answer(query: str) -> str:
+        return f"Bot: {tiny_model.chat(tiny_tokenizer, query, meta_instruction='', do_sample=False)[0]}\n"
+
+    lines = "def f(x):\n    return x\n\nWho are you?"
+    with Terminal(*chat, str(tiny_dir), "--system", "") as terminal:
+        terminal.wait_for(READY)
+        for keys, message in (
+            (f"\x1b[200~{lines}\x1b[201~", lines),  # as terminals send what is pasted
+            (lines.replace("\n", ALT_ENTER), lines),
+            ("/etc/sky: Where do bees live?", "/etc/sky: Where do bees live?"),
+            (" /reset", "/reset"),
+        ):
+            assert terminal.ask(keys) == answer(message), message
+            terminal.ask("/reset")
+        terminal.type(CTRL_D)
+        assert terminal.exit_code() == 0
+    with Terminal(*chat, str(tiny_dir), "--system", "") as terminal:
+        terminal.wait_for(READY)
+        back = UP * 4  # over "/reset", " /reset" and "/reset"
+        assert terminal.ask(back) == answer("/etc/sky: Where do bees live?")
+
+
+@on_a_terminal
+def test_ctrl_c_stops_the_answer_and_not_the_program(chat, tiny_dir, tmp_path):
     """With answers of 500 tokens, one is stopped after its first word, and the next is complete; Ctrl-D quits."""
     folder = shutil.copytree(tiny_dir, tmp_path / "talkative")
     settings = json.loads((folder / "generation_config.json").read_text())
     (folder / "generation_config.json").unlink()
     (folder / "generation_config.json").write_text(json.dumps(settings | {"min_new_tokens": 500}))
-    with Terminal(*CHAT, str(folder), "--max-new-tokens", "500") as terminal:
-        terminal.wait_for(PROMPT)
+    with Terminal(*chat, str(folder), "--max-new-tokens", "500") as terminal:
+        terminal.wait_for(READY)
         whole = terminal.ask("Who are you?")
-        assert terminal.ask("/reset") == ""
-        terminal.type("Who are you?\n")
-        terminal.wait_for("<|Bot|>: ")
+        terminal.ask("/reset")
+        terminal.type("Who are you?" + ENTER)
+        terminal.wait_for("Bot: ")
         shown = terminal.wait_for(" ")
-        terminal.type("\x03")
-        shown += " " + terminal.wait_for(" [stopped]\r\n" + PROMPT, 20).replace("^C", "")
-        assert whole.startswith(f"<|Bot|>: {shown}") and len(shown) < len(whole) / 2
-        assert "[stopped]" not in terminal.ask("And then?")
-        time.sleep(0.5)  # readline handles Ctrl-C only a moment after it shows its prompt
-        terminal.type("\x03")
-        assert terminal.wait_for(PROMPT).replace("^C", "") == "\ntype /quit to quit\n"
-        terminal.type("\x04")
+        terminal.type(CTRL_C)
+        shown += " " + terminal.wait_for("* stopped", 20).replace("^C", "").removesuffix("\n")
+        terminal.wait_for(READY)
+        assert whole.startswith(f"Bot: {shown}") and len(shown) < len(whole) / 2
+        assert "stopped" not in terminal.ask("And then?")
+        terminal.type("half a message" + CTRL_C)
+        terminal.wait_for("* /quit or Ctrl-D quits.")
+        terminal.wait_for(READY)
+        terminal.type(CTRL_D)
         assert terminal.exit_code() == 0
+
+
+@on_a_terminal
+def test_ctrl_c_while_it_loads(chat, tiny_dir):
+    """It ends at once, without a traceback."""
+    with Terminal(*chat, str(tiny_dir)) as terminal:
+        time.sleep(1)
+        terminal.type(CTRL_C)
+        assert terminal.exit_code() == -signal.SIGINT
+        assert b"Traceback" not in os.read(terminal.screen, 10_000)
+
+
+def test_an_error_is_not_the_bots_answer(chat, tiny_dir):
+    """Messages come from a pipe, which needs no terminal."""
+    command = [*chat, str(tiny_dir), "--max-new-tokens", "0"]
+    process = subprocess.run(command, cwd=ROOT, input="Hello!\n/quit\n", capture_output=True, text=True, timeout=60)
+    assert process.returncode == 0, process.stderr
+    error, advice = process.stdout.partition("Bot: \n* ")[2].splitlines()
+    assert "max_new_tokens" in error and advice == "* /reset starts a new, shorter conversation."
 
 
 @pytest.mark.ecosystem

@@ -4,9 +4,10 @@
 
 A seed fixes the sample: each file gets a share by its lines, and a site in it is as likely as any other. First every
 test file runs once without a mutation, with coverage, in a process of its own. Each mutation is then tested in a copy
-of the tree: by the quickest tests that run its line, and if they pass by every test file that loads its file, first
-those that run its line. It has survived when all tests pass. Each result is appended to build/mutation/<seed>.jsonl,
-so that a rerun resumes; when a file has changed, its mutations are new ones. Exits with 1 below --at-least.
+of the tree: by the quickest tests that run its line, and if they pass by every test file that runs it; of an uploaded
+module by every test file that loads it. It has survived when all tests pass. Each result is appended to
+build/mutation/<seed>.jsonl, so that a rerun resumes; when a file has changed, its mutations are new ones. Exits with 1
+below --at-least.
 """
 
 import argparse
@@ -326,29 +327,32 @@ def failing(measured: dict[str, Path]) -> list[str]:
 
 
 def reaching(measured: dict[str, Path], file: str, line: int) -> tuple[list[str], list[str]]:
-    """Tests that run this line, the quickest first, up to QUICK seconds; and the test files that load its file.
+    """Tests that run this line, the quickest first, up to QUICK seconds; and the test files that can notice it.
 
-    Test files that run the line come first. Coverage sees neither what torch.compile runs nor, in a test, what was
-    computed once for several, or by a process that serves several.
+    The latter are those that run the line, even if only in a process that serves several tests or at import. If there
+    are none, as when a test kills the process, they are all that load the file. So they are for uploaded modules, after
+    those that run the line, for coverage does not see what torch.compile runs.
     """
     tests: dict[str, float] = {}
-    files: dict[str, tuple[bool, float]] = {}
+    running, loading = {}, {}
     for name, stem in measured.items():
         data = coverage.CoverageData(str(stem.with_suffix(".coverage")))
         data.read()
         loaded = [path for path in data.measured_files() if path.endswith(f"/{file}")]
-        if not loaded:
-            continue
         contexts = {context for path in loaded for context in data.contexts_by_lineno(path).get(line, ())}
         seconds: Counter = Counter()
         for time, test in DURATION.findall(stem.with_suffix(".txt").read_text(encoding="utf-8")):
             seconds[test] += float(time)
-        files[name] = not contexts, sum(seconds.values())
+        if loaded:
+            (running if contexts else loading)[name] = sum(seconds.values())
         tests |= {test: seconds[test] for test in (context.rpartition("|")[0] for context in contexts) if test}
     ordered = sorted(tests, key=tests.__getitem__)
     total = itertools.accumulate(tests[test] for test in ordered)
     quick = [test for test, seconds in zip(ordered, total, strict=True) if seconds <= QUICK]
-    return quick, sorted(files, key=files.__getitem__)
+    files = sorted(running, key=running.__getitem__)
+    if not files or file.endswith("_internlm.py"):
+        files += sorted(loading, key=loading.__getitem__)
+    return quick, files
 
 
 def test(measured: dict[str, Path], tree: Path, mutant: Mutant) -> dict[str, str]:
