@@ -289,17 +289,15 @@ def test_without_lm_eval_the_error_says_what_to_install(monkeypatch: pytest.Monk
         run.main(["--model", "anything"])
 
 
-def test_a_trial_run_has_a_separate_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_trial_run_has_a_separate_folder(tiny_dir: Path, monkeypatch: pytest.MonkeyPatch):
     """Otherwise the full run after it would be refused because of its other settings."""
-    for name in ("config.json", "modeling_internlm.py"):
-        (tmp_path / name).touch()
     folders = []
     monkeypatch.setattr(run, "Store", lambda folder: folders.append(folder) or sys.exit())
     monkeypatch.setattr(run.importlib.util, "find_spec", lambda name: True)
     for options in ([], ["--limit", "20"]):
         with pytest.raises(SystemExit):
-            run.main(["--model", str(tmp_path / "."), *options])
-    assert [folder.name for folder in folders] == [tmp_path.name, f"{tmp_path.name}-first-20"]
+            run.main(["--model", str(tiny_dir / "."), *options])
+    assert [folder.name for folder in folders] == [tiny_dir.name, f"{tiny_dir.name}-first-20"]
 
 
 def test_requirements_are_pinned():

@@ -329,9 +329,9 @@ def failing(measured: dict[str, Path]) -> list[str]:
 def reaching(measured: dict[str, Path], file: str, line: int) -> tuple[list[str], list[str]]:
     """Tests that run this line, the quickest first, up to QUICK seconds; and the test files that can notice it.
 
-    The latter are those that run the line, even if only in a process that serves several tests or at import. If there
-    are none, as when a test kills the process, they are all that load the file. So they are for uploaded modules, after
-    those that run the line, for coverage does not see what torch.compile runs.
+    The latter are those that run the line, even if only at import or in a process that serves several tests. Where
+    none does, as when a test kills the process, they are all that load the file. For uploaded modules they always are,
+    after those that run the line: coverage does not see what torch.compile runs.
     """
     tests: dict[str, float] = {}
     running, loading = {}, {}
