@@ -172,24 +172,28 @@ def test_no_message_holds_the_token(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_commit_must_give_what_the_folder_gave(
     free: int, remote: object, error: type | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
-    """Tokens and logits, up to rounding; and there must be room for the download."""
+    """Tokens and logits, which are printed, up to rounding; and there must be room for the download."""
 
-    def loaded(*_: object, **__: object) -> object:
+    def loaded(source: str, *_: object, **__: object) -> object:
+        if source == str(tmp_path):
+            return {"tokens": [1, 2], "logits": 5.0}
         if isinstance(remote, Exception):
             raise remote
         return remote
 
     monkeypatch.setattr("tools.hub.push.check_hashes", lambda *_: None)
+    monkeypatch.setattr(upload_to_hub, "check_files", lambda *_: None)
     monkeypatch.setattr(upload_to_hub, "check_loading", loaded)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
     (tmp_path / "weights").write_bytes(b"x")
     assembly = SimpleNamespace(out=tmp_path, files=["weights"])
     plan = SimpleNamespace(target=SimpleNamespace(repo_id="a/b"))
-    arguments = SimpleNamespace(no_verify_remote=False)
-    sample = {"tokens": [1, 2], "logits": 5.0}
+    arguments = SimpleNamespace(no_verify_local=False, no_verify_remote=False)
+    local = upload_to_hub._verify_folder(assembly, arguments)
+    assert "It loads and generates: tokens [1, 2], sum of |logits| 5\n" in capsys.readouterr().out
     expected = contextlib.nullcontext() if error is None else pytest.raises(error)
     with expected:
-        upload_to_hub._verify_commit(None, plan, "0a1b", assembly, sample, arguments)
+        upload_to_hub._verify_commit(None, plan, "0a1b", assembly, local, arguments)
     assert ("generates the same tokens" in capsys.readouterr().out) == (error is None)
 
 
@@ -704,6 +708,14 @@ def reachable_modules(folder: Path) -> set[str]:
             imported = [node.module] if node.module else [alias.name for alias in node.names]
             open_modules |= {name for name in imported if f"{name}.py" not in found}
     return found
+
+
+def test_json_is_written_as_text_files_are(tiny_dir: Path) -> None:
+    """Indented, with Chinese as it is, and a newline at the end, so that differences are legible."""
+    files = {path.name: path.read_text(encoding="utf-8") for path in tiny_dir.glob("*.json")}
+    assert len(files) == 4
+    for name, text in files.items():
+        assert text == json.dumps(json.loads(text), indent=2, ensure_ascii=False) + "\n", name
 
 
 def test_a_folder_holds_exactly_the_modules_that_its_classes_import(tiny_dir: Path) -> None:
