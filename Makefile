@@ -9,7 +9,7 @@ export PYTHONUNBUFFERED := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo chat test serve quality style test-gpu test-evaluation test-ecosystem test-vllm test-llamacpp matrix mutation bench bench-llamacpp tiny long-context reliability
+.PHONY: help demo chat web test serve quality style test-gpu test-evaluation test-ecosystem test-web test-vllm test-llamacpp matrix mutation bench bench-llamacpp tiny long-context reliability
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 18
@@ -24,6 +24,14 @@ $(VENV)/chatting: $(VENV)/running requirements-chat.txt
 	$(BIN)/python -m pip install --disable-pip-version-check -r requirements-chat.txt
 	@touch $@
 
+$(VENV)/web: $(VENV)/running requirements-web.txt
+	$(BIN)/python -m pip install --disable-pip-version-check -r requirements-web.txt
+	@touch $@
+
+$(VENV)/serving: $(VENV)/running requirements-serving.txt
+	$(BIN)/python -m pip install --disable-pip-version-check -r requirements-serving.txt
+	@touch $@
+
 $(VENV)/installed: $(VENV)/running requirements-chat.txt requirements-dev.txt
 	$(BIN)/python -m pip install --disable-pip-version-check -r requirements-dev.txt
 	@touch $@
@@ -34,13 +42,11 @@ demo: $(VENV)/running ## generate text: English, Chinese, one chat turn (MODEL=p
 chat: $(VENV)/chatting ## chat in the terminal (MODEL=path-or-repo-id ARGS="--greedy --seed 1 ...")
 	@$(BIN)/python examples/chat.py $${MODEL:+--model "$$MODEL"} $$ARGS
 
-serve: .venvs/serving/installed ## start an OpenAI-compatible server, docs/serving.md (MODEL=path-or-repo-id PORT=8000)
-	@.venvs/serving/bin/python examples/serve.py $${MODEL:+--model "$$MODEL"} $${PORT:+--port "$$PORT"}
+web: $(VENV)/web ## chat in the browser (MODEL=path-or-repo-id PORT=7860)
+	@$(BIN)/python examples/web.py $${MODEL:+--model "$$MODEL"} $${PORT:+--port "$$PORT"} $$ARGS
 
-.venvs/serving/installed: requirements.txt requirements-serving.txt
-	$(PYTHON) -m venv .venvs/serving
-	.venvs/serving/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-serving.txt
-	@touch $@
+serve: $(VENV)/serving ## start an OpenAI-compatible server, docs/serving.md (MODEL=path-or-repo-id PORT=8000)
+	@$(BIN)/python examples/serve.py $${MODEL:+--model "$$MODEL"} $${PORT:+--port "$$PORT"} $$ARGS
 
 # Two workers with as many threads as cores: threads that spin while they wait take the cores from each other.
 test: $(VENV)/installed ## run the tests, in random order (SEED=the number that an earlier run printed for the same one)
@@ -75,6 +81,10 @@ test-ecosystem: .venvs/ecosystem/installed ## run the tests with peft, trl, bits
 	$(PYTHON) -m venv .venvs/ecosystem
 	.venvs/ecosystem/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-dev.txt -r requirements-ecosystem.txt
 	@touch $@
+
+test-web: $(VENV)/installed $(VENV)/web ## test the web page in headless Chromium, which must be installed (apt-get install chromium)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-test-web.txt
+	$(BIN)/python -m pytest -q -m web tests/test_web.py
 
 test-vllm: .venvs/vllm/installed ## check that vLLM gives the same tokens, offline and as a server
 	.venvs/vllm/bin/python -m pytest -q -m vllm tests/engines

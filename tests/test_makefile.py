@@ -16,6 +16,8 @@ GIVEN = {
         {"MODEL": "$HOME/`id`", "ARGS": "--greedy --seed 1"},
         ["--model", "$HOME/`id`", "--greedy", "--seed", "1"],
     ),
+    "web": ({"MODEL": "a b", "PORT": "7"}, ["--model", "a b", "--port", "7"]),
+    "serve": ({"MODEL": "a'b", "ARGS": "--compile"}, ["--model", "a'b", "--compile"]),
     "mutation": ({"FILES": "c*_internlm.py x.py", "N": "3", "SEED": "4"}, None),
 }
 
@@ -33,7 +35,7 @@ def test_variables_are_passed_as_they_are(target: str, in_environment: bool, tmp
     python.parent.mkdir()
     python.write_text(f'#!/bin/sh\nprintf "%s\\0" "$@" > {tmp_path}/arguments\n')
     python.chmod(0o755)
-    for environment in ("running", "chatting", "installed"):
+    for environment in ("running", "chatting", "web", "serving", "installed"):
         (tmp_path / environment).touch()
     command = ["make", "-C", str(ROOT), target, f"VENV={tmp_path}"]
     settings = [f"{name}={value}" for name, value in given.items()]

@@ -45,7 +45,7 @@ def _blocks(text: str) -> list[Block]:
 
 def _for_tiny(code: str, tiny_dir: Path) -> str:
     """The block with the tiny model instead of the official ones, and on the CPU if there is no GPU."""
-    code = re.sub(r'"internlm/internlm-[\w-]+"', lambda match: repr(str(tiny_dir)), code)
+    code = re.sub(r'"(?:internlm/internlm-[\w-]+|OUT)"', lambda match: repr(str(tiny_dir)), code)
     return code if torch.cuda.is_available() else code.replace(".cuda()", ".cpu()")
 
 

@@ -1,7 +1,7 @@
 """The model card of a repository, made from README.md, which describes the whole package and internlm-20b.
 
 The sections that apply to the variant are kept; the head of both languages is replaced. Links to files that are not
-uploaded become plain text.
+uploaded become plain text, and pictures go.
 """
 
 import re
@@ -16,6 +16,7 @@ _BASE_20B = {"Introduction", "Characteristics", "Evaluation", "介绍", "特点"
 _ANY_20B = {"Use from Transformers", "Long context", "使用 Transformers", "长上下文"}
 
 _FRONT = re.compile(r"\A---\n.*?\n---\n", re.DOTALL)
+_PICTURE = re.compile(r"!\[[^\]\n]*\]\((?!https?:)[^)\s]+\)\n\n?")
 _RELATIVE_LINK = re.compile(r"\[([^\]\n]+)\]\((?!https?:|#|mailto:|LICENSE\))([^)\s]+)\)")
 _SNIPPET = re.compile(r"```python\n.*?\n```\n", re.DOTALL)
 
@@ -75,9 +76,9 @@ def fill_in_card(
     card = "".join(_fill_in(part, language, variant, config, dropped) for part, language in made)
     # Where the model chats, the Chat section's examples load this repository.
     chats = "-chat-" in (template or variant) or variant == TINY
-    for name in ("internlm/internlm-20b", *(("internlm/internlm-chat-20b",) if chats else ())):
+    for name in ("OUT", "internlm/internlm-20b", *(("internlm/internlm-chat-20b",) if chats else ())):
         card = card.replace(f'"{name}"', f'"{repo_id or "internlm/" + variant}"')
-    return front + "\n" + _RELATIVE_LINK.sub(r"\1", card)
+    return front + "\n" + _RELATIVE_LINK.sub(r"\1", _PICTURE.sub("", card))
 
 
 def _fill_in(part: str, language: str, variant: str, config: dict[str, Any], dropped: set[str]) -> str:
