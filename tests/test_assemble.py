@@ -9,6 +9,7 @@ import os
 import re
 import resource
 import shutil
+import stat
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -708,6 +709,17 @@ def reachable_modules(folder: Path) -> set[str]:
             imported = [node.module] if node.module else [alias.name for alias in node.names]
             open_modules |= {name for name in imported if f"{name}.py" not in found}
     return found
+
+
+def test_files_have_the_usual_permissions(old: Path, tmp_path: Path) -> None:
+    """Those that the user's umask gives to every new file."""
+    umask = os.umask(0)
+    try:
+        out = assemble(old, tmp_path / "new", "internlm-tiny", progress=False).out
+    finally:
+        os.umask(umask)
+    for made in ("config.json", "model.safetensors"):
+        assert stat.S_IMODE((out / made).stat().st_mode) == 0o666, made
 
 
 def test_json_is_written_as_text_files_are(tiny_dir: Path) -> None:

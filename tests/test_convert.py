@@ -873,6 +873,8 @@ def test_llama_tokenizer_needs_no_remote_code(tmp_path):
     # What llama.cpp's converter reads (tests/engines/test_llamacpp.py): no space before a text, <eoa> is special.
     config = json.loads((tmp_path / "llama" / "tokenizer_config.json").read_text(encoding="utf-8"))
     assert config["add_prefix_space"] is False
+    # By model_type, transformers 4.57.6 would make a LlamaTokenizer, which needs protobuf, 5.4.0 a CodeLlamaTokenizer.
+    assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
     assert config["added_tokens_decoder"]["103028"] == {"content": "<eoa>", "special": True}
 
 
