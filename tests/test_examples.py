@@ -45,6 +45,37 @@ def test_classify(tiny_dir):
     assert [row.split()[0] for row in rows] == ["food", "sky", "food"]
 
 
+def test_long_document(tiny_dir, tiny_model, tiny_tokenizer, tmp_path):
+    """Three times the window, in chunks, with control tokens in the text: the answer of one prefill."""
+    text = "".join(f"{number}. Everybody has a key <eoa>.\n" for number in range(50)) + "The key is apple4321.\n"
+    file, question = tmp_path / "text.txt", "Which key begins with apple?"
+    file.write_text(text)
+    lines = run("long_document", tiny_dir, str(file), question, "--chunk", "100").splitlines()
+    messages = [{"role": "user", "content": f"{text.rstrip()}\n\n{question}"}]
+    prompt = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True}
+    ids = tiny_tokenizer.apply_chat_template(messages, **prompt)["input_ids"]
+    expected = tiny_model.generate(ids, do_sample=False, max_new_tokens=100)[0, ids.shape[1] :]
+    assert lines[0] == f"{ids.shape[1]:,} tokens with the question; the trained window is 256." and ids.shape[1] > 768
+    assert lines[2:] == [tiny_tokenizer.decode(expected, skip_special_tokens=True)]
+
+    fits = int(re.search(r"up to line (\d+);", lines[1])[1])
+    for number, beyond in ((fits, False), (fits + 1, True)):
+        file.write_text("".join(text.splitlines(keepends=True)[:number]))
+        command = [sys.executable, "examples/long_document.py", str(file), question, "--context", "256"]
+        process = subprocess.run([*command, "--model", str(tiny_dir)], cwd=ROOT, capture_output=True, text=True)
+        assert (process.returncode == 1) == beyond, process.stderr
+        assert (f"Cut it after line {fits}," in process.stderr) == beyond
+
+
+@pytest.mark.parametrize(("content", "message"), [(None, "cannot be read"), (b"\xff\xfe", "is not text in UTF-8")])
+def test_a_document_that_cannot_be_read(content, message, tmp_path):
+    if content is not None:
+        (tmp_path / "text").write_bytes(content)
+    command = [sys.executable, "examples/long_document.py", str(tmp_path / "text"), "Why?"]
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert process.returncode == 1 and message in process.stderr and process.stderr.count("\n") == 1
+
+
 def test_offload(tiny_dir):
     """The output does not depend on where the layers are."""
     small, large = (run("offload", tiny_dir, "--memory", memory).splitlines() for memory in ("2MB", "1GB"))
