@@ -19,7 +19,7 @@ from support.paths import ROOT
 
 
 PAGES = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in sorted(ROOT.glob("*.md"))}
-PAGES |= {f"docs/{path.name}": path.read_text(encoding="utf-8") for path in sorted(ROOT.glob("docs/*.md"))}
+PAGES |= {str(path.relative_to(ROOT)): path.read_text("utf-8") for path in sorted(ROOT.glob("docs/**/*.md"))}
 README = PAGES["README.md"]
 _, FRONT_MATTER, _CARD = README.split("---\n", 2)
 ENGLISH, CHINESE = _CARD.split("\n# 中文说明\n")
@@ -102,6 +102,27 @@ def test_both_languages_show_the_same():
         re.findall(r"^(?:make|python) [^#\n]*?(?= *(?:#|$))", text, re.MULTILINE) for text in (ENGLISH, CHINESE)
     ]
     assert commands[0] == commands[1] != []
+
+
+@pytest.mark.parametrize("name", [name for name in PAGES if name.startswith("docs/zh/")])
+def test_pages_in_chinese_show_the_same_as_their_originals(name: str):
+    """The same code, however it is broken into lines, headings and items; no line break inside a paragraph."""
+    original = PAGES[name.replace("zh/", "")]
+    code = [
+        sorted(re.sub(r"\s", "", text) for text in re.findall(r"`[^`]+`", page)) for page in (original, PAGES[name])
+    ]
+    assert code[0] == code[1]
+    for pattern in (r"^#+ ", r"^(?:- |\d\. )", r"^\|"):
+        assert len(re.findall(pattern, original, re.M)) == len(re.findall(pattern, PAGES[name], re.M)), pattern
+    assert not re.search(r"[\u4e00-\u9fff，。；：]\n(?! *-)[\u4e00-\u9fff]", PAGES[name])
+
+
+def test_the_messages_of_the_troubleshooting_page_are_in_the_code():
+    files = [*ROOT.glob("*.py"), *ROOT.glob("tools/**/*.py")]
+    code = re.sub(r'"\s*f?"', "", "\n".join(path.read_text(encoding="utf-8") for path in files))  # joined as by Python
+    messages = re.findall(r'`"([^"`]+)"`', PAGES["docs/troubleshooting.md"])
+    assert len(messages) >= 6
+    assert not [message for message in messages if message not in code]
 
 
 def test_front_matter():
