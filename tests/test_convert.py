@@ -27,6 +27,7 @@ from safetensors.torch import load_file, save_file
 from tools.convert.checkpoint import pickles_to_safetensors
 from tools.convert.files import ConversionError, copy_file
 from tools.convert.llama import llama_config
+from tools.convert.ollama import go_template, modelfile
 from tools.convert.shards import plan_shards, write_shards
 from tools.convert.tensors import Tensor, check_shapes, expected_shapes
 from tools.convert_checkpoint import _size, main
@@ -940,6 +941,58 @@ def test_llama_copy_requires_another_folder_and_a_tokenizer(tmp_path, capsys):
     assert run("llama", hub, hub) == 1 and "another target" in capsys.readouterr().err
     assert run("llama", hub, tmp_path / "llama") == 1 and "tokenizer.model is missing" in capsys.readouterr().err
     assert tree(hub) == before and not tree(tmp_path / "llama")
+
+
+# GGUF, without the packages that tests/engines/test_llamacpp.py needs
+
+
+def test_gguf_without_its_package_is_one_clear_error(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    monkeypatch.delitem(sys.modules, "tools.convert.gguf", raising=False)
+    assert run("gguf", tmp_path, tmp_path / "new.gguf") == 1
+    error = capsys.readouterr().err
+    assert "The package gguf is missing: pip install gguf (requirements-" in error and error.count("\n") == 1
+    assert not (tmp_path / "new.gguf").exists()
+
+
+def test_gguf_of_an_unknown_type_is_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        run("gguf", tmp_path, tmp_path / "new.gguf", "--type", "q3")
+    assert "invalid choice: 'q3'" in capsys.readouterr().err
+
+
+LATER_TEMPLATE = """{{ $system := "" }}{{ range $i, $_ := .Messages }}{{ $last := eq (len (slice $.Messages $i)) 1 }}\
+{{ if and (eq $i 0) (ne .Role "system") }}DEFAULT{{ end }}\
+{{ if eq .Role "system" }}{{ if .Content }}<|System|>:{{ .Content }}
+{{ end }}{{ else if eq .Role "user" }}<|User|>:{{ .Content }}
+{{ else if eq .Role "assistant" }}<|Bot|>:{{ .Content }}{{ if not $last }}<eoa>
+{{ end }}{{ end }}{{ if and $last (ne .Role "assistant") }}<|Bot|>:{{ end }}{{ end }}"""
+EARLY_TEMPLATE = """{{ $system := "" }}{{ range $i, $_ := .Messages }}{{ $last := eq (len (slice $.Messages $i)) 1 }}\
+{{ if eq .Role "system" }}{{ $system = printf "%s%s\\n" $system .Content }}\
+{{ else if eq .Role "user" }}<|User|>:{{ $system }}{{ .Content }}<eoh>
+{{ $system = "" }}{{ else if eq .Role "assistant" }}<|Bot|>:{{ .Content }}{{ if not $last }}<eoa>
+{{ end }}{{ end }}{{ if and $last (ne .Role "assistant") }}<|Bot|>:{{ end }}{{ end }}"""
+
+
+def test_the_modelfile_has_the_prompt_format(tiny_tokenizer, monkeypatch):
+    """Rendered with Go's text/template, these gave the prompts of the two chat templates for 242 conversations."""
+    user = tiny_tokenizer.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False)
+    default = user.removeprefix("<s>").removesuffix("<|User|>:x\n")
+    assert default.startswith("<|System|>:You are an AI assistant whose name is InternLM") and default.endswith("\n")
+    assert go_template(tiny_tokenizer) == LATER_TEMPLATE.replace("DEFAULT", default)
+    early = (ROOT / "variants" / "early_chat_template.jinja").read_text(encoding="utf-8")
+    monkeypatch.setattr(tiny_tokenizer, "chat_template", early)
+    assert go_template(tiny_tokenizer) == EARLY_TEMPLATE
+    monkeypatch.setattr(tiny_tokenizer, "chat_template", "{{ bos_token }}{{ messages[0].content }}")
+    assert go_template(tiny_tokenizer) is None
+
+
+def test_the_modelfile_has_the_settings():
+    text = modelfile("m.gguf", 2048, "T", {"top_p": 0.7, "eos_token_id": [2, 4]})
+    parameters = ["num_ctx 2048", "temperature 0.8", "top_p 0.7", "top_k 50", "repeat_penalty 1.0", 'stop "<eoa>"']
+    lines = ["FROM ./m.gguf", *(f"PARAMETER {parameter}" for parameter in parameters), 'TEMPLATE """T"""']
+    assert text.splitlines() == lines
+    assert modelfile("m.gguf", 2048, None, None) == "FROM ./m.gguf\nPARAMETER num_ctx 2048\n"
 
 
 # the check after a conversion

@@ -1,8 +1,10 @@
-"""Convert InternLM v1 checkpoints: pickles to safetensors, training shards to the Hub's layout, the Hub's to Llama's.
+"""Convert InternLM v1 checkpoints: pickles to safetensors, training shards to the Hub's layout, the Hub's to
+Llama's or to a GGUF file.
 
     convert_checkpoint.py safetensors SOURCE TARGET     pytorch_model*.bin -> model*.safetensors
     convert_checkpoint.py training SOURCE TARGET ...    model_tp*_pp*.pt -> model*.safetensors, config.json
     convert_checkpoint.py llama SOURCE TARGET ...       -> a LlamaForCausalLM, for engines that take no remote code
+    convert_checkpoint.py gguf SOURCE FILE.gguf ...     -> one file for llama.cpp, Ollama, LM Studio, and a Modelfile
 
 The source is only read. Files appear in the target when they are complete; after an interruption, the same command
 resumes. Pickles are loaded as data: no code in them ever runs. Afterwards the result is read back and checked.
@@ -25,6 +27,7 @@ from tools.convert.shards import DEFAULT_SHARD_BYTES, plan_shards, write_shards
 from tools.convert.tensors import Tensor, check_shapes, total_bytes
 
 
+_GGUF_TYPES = ("f32", "f16", "bf16", "q8_0", "q4_k_m")
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
 
 
@@ -111,12 +114,33 @@ def convert_llama(args: argparse.Namespace) -> None:
     _check(copy.tensors, copy.config, loaders, args)
 
 
+def convert_gguf(args: argparse.Namespace) -> None:
+    from tools.convert.gguf import plan_gguf
+
+    made = plan_gguf(args.source, args.target, args.type, args.context)
+    if args.dry_run:
+        print(f"{args.source} -> {args.target}: without --dry-run, this would be written:")
+        print(f"  {made.size}")
+    else:
+        made.write(args.progress)
+        print(f"{args.target}: {made.check()}")
+    for note in made.notes:
+        print(f"{args.target}: {note}")
+
+
 def _common_options() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(add_help=False)
     add = parser.add_argument
     add("source", type=Path, metavar="SOURCE", help="folder to read; it is not changed")
-    add("target", type=Path, metavar="TARGET", help="folder to write; it is created if necessary")
     add("--dry-run", action="store_true", help="check the source and show the plan; write nothing")
+    add("--quiet", dest="progress", action="store_false", help="no progress bars")
+    return parser
+
+
+def _folder_options() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(add_help=False, parents=[_common_options()])
+    add = parser.add_argument
+    add("target", type=Path, metavar="TARGET", help="folder to write; it is created if necessary")
     add(
         "--max-shard-size",
         type=_size,
@@ -125,7 +149,6 @@ def _common_options() -> argparse.ArgumentParser:
         help="of one file (default: 5GB)",
     )
     add("--no-logits", dest="check_logits", action="store_false", help="do not run the models to compare their logits")
-    add("--quiet", dest="progress", action="store_false", help="no progress bars")
     return parser
 
 
@@ -135,8 +158,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def add_command(name: str, run: Callable, help: str, description: str) -> Callable:
-        command = commands.add_parser(name, parents=[_common_options()], help=help, description=description)
+    def add_command(
+        name: str, run: Callable, help: str, description: str, options: Callable = _folder_options
+    ) -> Callable:
+        command = commands.add_parser(name, parents=[options()], help=help, description=description)
         command.set_defaults(run=run)
         return command.add_argument
 
@@ -172,6 +197,17 @@ def _parser() -> argparse.ArgumentParser:
     add("--context", type=int, metavar="N", help=context_help)
     add("--copy", action="store_true", help="copy the weights instead of linking them")
     add("--no-tokenizer", dest="tokenizer", action="store_false", help="weights and config.json only")
+    add = add_command(
+        "gguf",
+        convert_gguf,
+        "a GGUF file for llama.cpp, Ollama and LM Studio",
+        "Write weights, settings and tokenizer to one file, and a Modelfile for Ollama beside it, for one window.",
+        _common_options,
+    )
+    add("target", type=Path, metavar="FILE.gguf", help="file to write; its folder is created if necessary")
+    type_help = "of the weights (default: f16); q4_k_m needs llama-cpp-python"
+    add("--type", choices=_GGUF_TYPES, default="f16", help=type_help)
+    add("--context", type=int, metavar="N", help=context_help)
     return parser
 
 

@@ -185,6 +185,18 @@ def plan_llama(source: Path, context: int | None = None, tokenizer: bool = True)
     return made
 
 
+def load_tokenizer(source: Path) -> Any:
+    """A folder's InternLMTokenizer.
+
+    Raises:
+        ConversionError: tokenizer.model is missing, damaged, or belongs to another model.
+    """
+    try:
+        return package.load("tokenization").InternLMTokenizer.from_pretrained(source)
+    except (ValueError, OSError) as error:
+        raise ConversionError(f"The tokenizer of {source} cannot be read: {error}") from error
+
+
 def llama_tokenizer(source: Path) -> dict[str, bytes]:
     """The tokenizer's files, by name, in the form that transformers reads without remote code.
 
@@ -194,10 +206,7 @@ def llama_tokenizer(source: Path) -> dict[str, bytes]:
     Raises:
         ConversionError: tokenizer.model is missing, damaged, or belongs to another model.
     """
-    try:
-        tokenizer = package.load("tokenization").InternLMTokenizer.from_pretrained(source)
-    except (ValueError, OSError) as error:
-        raise ConversionError(f"The tokenizer of {source} cannot be read: {error}") from error
+    tokenizer = load_tokenizer(source)
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         # For llama.cpp's converter, which otherwise prepends a space to every text, and treats <eoa> as plain text.

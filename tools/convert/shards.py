@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 from tools.convert.files import CHUNK_BYTES, ConversionError, write_file, write_json
-from tools.convert.tensors import Tensor, abbreviated, check_finite, total_bytes
+from tools.convert.tensors import Tensor, abbreviated, read_checked, total_bytes
 
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
@@ -69,11 +69,7 @@ def _content(shard: list[Tensor]) -> Iterator[memoryview]:
     """The bytes of a shard in chunks; each tensor's values are checked on the way."""
     yield memoryview(_header(shard))
     for tensor in shard:
-        values = tensor.read()
-        if tuple(values.shape) != tensor.shape or values.dtype != tensor.dtype:
-            raise ConversionError(f"{tensor.name} changed while it was being converted; leave the source alone.")
-        check_finite(tensor.name, values)
-        flat = memoryview(values.contiguous().reshape(-1).view(torch.uint8).numpy())
+        flat = memoryview(read_checked(tensor).contiguous().reshape(-1).view(torch.uint8).numpy())
         for start in range(0, len(flat), CHUNK_BYTES):
             yield flat[start : start + CHUNK_BYTES]
 
@@ -86,7 +82,19 @@ def _check_target(target: Path, shards: dict[str, list[Tensor]]) -> None:
             f"{target} holds {abbreviated(others)} of another conversion: choose an empty target folder, or delete "
             "them."
         )
-    needed = sum(total_bytes(shard) for name, shard in shards.items() if not (target / name).exists())
+    check_room(target, sum(total_bytes(shard) for name, shard in shards.items() if not (target / name).exists()))
+
+
+def check_room(target: Path, needed: int) -> None:
+    """Refuse a disk without room.
+
+    Args:
+        target: A folder on it.
+        needed: Bytes to write.
+
+    Raises:
+        ConversionError: Fewer are free.
+    """
     free = shutil.disk_usage(target).free
     if needed > free:
         raise ConversionError(

@@ -113,6 +113,19 @@ def check_shapes(tensors: list[Tensor], config: dict[str, Any]) -> None:
             )
 
 
+def read_checked(tensor: Tensor) -> torch.Tensor:
+    """The values of a tensor.
+
+    Raises:
+        ConversionError: They are not those that were planned, or not finite.
+    """
+    values = tensor.read()
+    if tuple(values.shape) != tensor.shape or values.dtype != tensor.dtype:
+        raise ConversionError(f"{tensor.name} changed while it was being converted; leave the source alone.")
+    check_finite(tensor.name, values)
+    return values
+
+
 def check_finite(name: str, values: torch.Tensor) -> None:
     """Refuse a tensor with NaN or infinite values.
 
