@@ -40,6 +40,11 @@ def test_completions(client, tiny_dir, tiny_model, tiny_tokenizer, prompt):
     assert "".join(chunks) == expected and len(chunks) > 3 and not any("\ufffd" in chunk for chunk in chunks)
 
 
+def test_models(client, tiny_dir):
+    """Clients can ask for the name that they must use."""
+    assert str(tiny_dir) in [model.id for model in client.models.list()]
+
+
 def test_chat(client, tiny_dir, tiny_model, tiny_tokenizer):
     """Two turns, whole and streamed: the replies of chat(), which end at <eoa>."""
     first, history = tiny_model.chat(tiny_tokenizer, "Hello!", do_sample=False)
