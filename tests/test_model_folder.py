@@ -67,10 +67,12 @@ def peft_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("peft_is_installed")
-def test_an_adapter_names_its_model(tmp_path: Path, tiny_dir: Path) -> None:
+def test_an_adapter_names_its_model(tmp_path: Path, tiny_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is no adapter has no base model. The tiny model is made again if it is gone."""
-    assert base_model(adapter(tmp_path / "a", base_model_name_or_path=str(tiny_dir))) == str(tiny_dir)
-    assert base_model(adapter(tmp_path / "b", base_model_name_or_path=str(TINY_OUT))) == str(TINY_OUT)
+    monkeypatch.setattr(model_folder, "TINY_OUT", tmp_path / "internlm-tiny")
+    for number, base in enumerate((str(tiny_dir), str(tmp_path / "internlm-tiny"))):
+        assert base_model(adapter(tmp_path / str(number), base_model_name_or_path=base)) == base
+    assert (tmp_path / "internlm-tiny" / "model.safetensors").is_file()
     assert base_model(None) is None and base_model(str(tiny_dir)) is None
 
 
