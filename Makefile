@@ -77,7 +77,7 @@ test-evaluation: .venvs/evaluation/installed ## run the tests with lm-eval, offl
 test-ecosystem: .venvs/ecosystem/installed ## run the tests with peft, trl, bitsandbytes, onnxruntime, openai, ... in a separate environment
 	.venvs/ecosystem/bin/python -m pytest -q -m ecosystem
 
-.venvs/ecosystem/installed: requirements.txt requirements-dev.txt requirements-serving.txt requirements-ecosystem.txt
+.venvs/ecosystem/installed: requirements.txt requirements-dev.txt requirements-serving.txt requirements-finetune.txt requirements-ecosystem.txt
 	$(PYTHON) -m venv .venvs/ecosystem
 	.venvs/ecosystem/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-dev.txt -r requirements-ecosystem.txt
 	@touch $@

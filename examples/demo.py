@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer, logg
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from tools.model_folder import complete_model  # noqa: E402
+from tools.model_folder import base_model, complete_model  # noqa: E402
 
 
 PROMPTS = ("Coming to the beautiful nature, we found", "来到美丽的大自然，我们发现")
@@ -27,16 +27,19 @@ SETTINGS = {"max_length": 128, "do_sample": True, "top_p": 0.8, "temperature": 0
 
 
 def load(name: str | None) -> tuple[Any, Any]:
-    """Tokenizer and model of a folder or Hub repository (None: the tiny model), in its saved dtype.
+    """Tokenizer and model of a folder or Hub repository (None: the tiny model), in its saved dtype; or of an adapter.
 
     Raises:
         SystemExit: There is no such model.
     """
     if name is None:  # the tiny model needs no progress bar
         logging.disable_progress_bar()
-    name = complete_model(name)
+    base = base_model(name)
+    adapter, name = name if base else None, base or complete_model(name)
     tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=True)
     model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=True, dtype="auto", device_map="auto")
+    if adapter:
+        model.load_adapter(adapter)
     return tokenizer, model.eval()
 
 

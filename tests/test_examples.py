@@ -1,5 +1,8 @@
 """Every example runs as a command on the tiny model and prints what it promises."""
 
+import contextlib
+import importlib.util
+import io
 import json
 import os
 import re
@@ -12,6 +15,7 @@ import time
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from support.paths import ROOT
 
@@ -258,10 +262,170 @@ def test_finetune_lora(tiny_dir):
     assert answer not in before and after == f"after:  {answer}"
 
 
+ANSWERS = {
+    "What colour is the boat?": "The boat is blue.",
+    "What colour is the tower?": "The tower is white.",
+    "Who sat by the lake?": "The old woman sat by the lake.",
+    "Who shared the bread?": "The children shared the bread.",
+    "天空是什么颜色？": "天空像大海一样蓝。",
+    "太阳在哪里？": "太阳慢慢升起。",
+    "When does the sun rise?": "The sun rises in the morning.",
+    "What flies in the sky?": "A white bird flies in the sky.",
+}
+
+
+def conversation(question: str) -> str:
+    turns = [{"role": "user", "content": question}, {"role": "assistant", "content": ANSWERS[question]}]
+    return json.dumps({"messages": turns}, ensure_ascii=False) + "\n"
+
+
+class Finetuning:
+    """examples/finetune_lora.py in this process, because importing TRL takes long."""
+
+    def __init__(self, model, folder) -> None:
+        import finetune_lora
+
+        self.module, self.model, self.data = finetune_lora, model, folder / "my.jsonl"
+        self.data.write_text("".join(map(conversation, ANSWERS)), encoding="utf-8")
+        one_step = "--batch-size", "8", "--gradient-accumulation", "1"  # an epoch
+        self.settings = "--data", str(self.data), *one_step, "--epochs", "60", "--learning-rate", "5e-3"
+
+    def __call__(self, out, *arguments: str) -> str:
+        """What the command prints."""
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed), pytest.MonkeyPatch.context() as patch:
+            command = ["finetune_lora.py", "--model", str(self.model), "--out", str(out), *self.settings, *arguments]
+            patch.setattr(sys, "argv", command)
+            self.module.main()
+        return printed.getvalue()
+
+
+@pytest.fixture(scope="module")
+def finetuning(tiny_dir, tmp_path_factory):
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "examples")
+        yield Finetuning(tiny_dir, tmp_path_factory.mktemp("finetuning"))
+    signal.signal(signal.SIGINT, handler)
+
+
+@pytest.fixture(scope="module")
+def adapter(finetuning, tmp_path_factory):
+    """The folder after a training without interruption, and what the command printed."""
+    out = tmp_path_factory.mktemp("adapter") / "out"
+    return out, finetuning(out, "--merge")
+
+
+@pytest.mark.ecosystem
+def test_finetuned_answers(finetuning, adapter, tiny_dir):
+    """All answers are learned, and where they end; the merged model has the logits of the adapter."""
+    from demo import load
+
+    out, printed = adapter
+    assert re.search(r"^training loss:   \d\.\d+ at first, 0\.\d+ at last$", printed, re.MULTILINE)
+    tokenizer, model = load(str(out))
+    assert {question: model.chat(tokenizer, question, do_sample=False)[0] for question in ANSWERS} == ANSWERS
+    _, merged = load(str(out / "merged"))
+    assert not hasattr(merged, "peft_config") and merged.generation_config == load(str(tiny_dir))[1].generation_config
+    ids = tokenizer("".join(ANSWERS), return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        torch.testing.assert_close(merged.float()(ids).logits, model.float()(ids).logits, atol=0.1, rtol=0.02)
+
+
+@pytest.mark.ecosystem
+def test_chat_with_an_adapter(chat, adapter):
+    question = "What colour is the boat?"
+    process = subprocess.run(
+        [*chat, str(adapter[0])], cwd=ROOT, input=question + "\n", capture_output=True, text=True, timeout=120
+    )
+    assert f"Bot: {ANSWERS[question]}\n" in process.stdout, process.stderr
+
+
+@pytest.mark.ecosystem
+def test_finetuning_resumes_after_ctrl_c(finetuning, adapter, tmp_path, monkeypatch):
+    """The adapter equals the one without interruption. A checkpoint that was not written to its end is ignored."""
+    out, step, steps = tmp_path / "out", finetuning.module.Progress.on_step_end, []
+
+    def interrupt(self, args, state, control, **kwargs):
+        steps.append(state.global_step)
+        if len(steps) == 17:
+            os.kill(os.getpid(), signal.SIGINT)
+        step(self, args, state, control, **kwargs)
+
+    monkeypatch.setattr(finetuning.module.Progress, "on_step_end", interrupt)
+    with pytest.raises(SystemExit, match="^Stopped at step 17 of 60: rerun this command to resume.$"):
+        finetuning(out)
+    assert not (out / "adapter_config.json").exists()
+    (out / "checkpoint-50").mkdir()  # what kill -9 leaves
+    with pytest.raises(SystemExit, match=r"another --rank \(16, not 8\): give --out another folder"):
+        finetuning(out, "--rank", "8")
+    assert "training loss" in finetuning(out) and steps == list(range(1, 61))
+    expected, found = (load_file(folder / "adapter_model.safetensors") for folder in (adapter[0], out))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    assert "This training is finished." in finetuning(out)
+
+
+@pytest.mark.ecosystem
+def test_finetuning_measures_held_out_conversations(finetuning, tmp_path):
+    printed = finetuning(tmp_path / "out", "--eval-fraction", "0.2", "--epochs", "3", "--learning-rate", "1e-3")
+    assert "6 conversations to train on, 2 held out\n" in printed
+    before, after = map(float, re.search(r"evaluation loss: (\S+) before, (\S+) after", printed).groups())
+    state = json.loads((tmp_path / "out" / "checkpoint-3" / "trainer_state.json").read_text())
+    during = [entry["eval_loss"] for entry in state["log_history"] if "eval_loss" in entry]
+    assert before > after and len(during) >= 3 and during[-1] == pytest.approx(after, abs=1e-3)
+    finetuning.data.with_name("eval.jsonl").write_text(conversation("太阳在哪里？"), encoding="utf-8")
+    eval_data = str(finetuning.data.with_name("eval.jsonl"))
+    assert ", 1 held out\n" in finetuning(tmp_path / "file", "--eval-data", eval_data, "--epochs", "1")
+
+
+@pytest.mark.ecosystem
+def test_finetuning_learns_only_replies(finetuning, tiny_model, tiny_tokenizer, tmp_path, monkeypatch):
+    """The labels are the replies with their <eoa>; rows are padded with <unk>, never with eos."""
+    rows = []
+    monkeypatch.setattr(
+        finetuning.module, "train", lambda trainer, out: rows.append(next(iter(trainer.get_train_dataloader())))
+    )
+    finetuning(tmp_path / "out")
+    batch = rows[0]
+    assert {tiny_tokenizer.decode(row[row != -100]) for row in batch["labels"]} == {
+        f"{answer}<eoa>" for answer in ANSWERS.values()
+    }
+    padding = batch["attention_mask"] == 0
+    assert padding.any() and set(batch["input_ids"][padding].tolist()) == {0}
+    assert set(batch["labels"][padding].tolist()) == {-100}
+
+
+@pytest.mark.ecosystem
+def test_finetuning_quantised(finetuning, tmp_path, monkeypatch):
+    """A few steps in 4 bits and bfloat16, with gradient checkpointing; what is merged is not quantised."""
+    out = tmp_path / "out"
+    models, load = [], finetuning.module.load
+    monkeypatch.setattr(finetuning.module, "load", lambda *settings: models.append(load(*settings)) or models[0])
+    few = "--qlora", "--gradient-checkpointing", "--dtype", "bfloat16", "--epochs", "4", "--merge"
+    first, last = map(float, re.search(r"loss: +(\S+) at first, (\S+) at last", finetuning(out, *few)).groups())
+    assert last < first and models[0].is_loaded_in_4bit and models[0].is_gradient_checkpointing
+    assert "quantization_config" not in json.loads((out / "merged" / "config.json").read_text())
+
+
+def test_finetuning_reads_the_data_first(tiny_dir, tmp_path):
+    """One line for a bad file, before a model is loaded, also without the packages."""
+    (tmp_path / "my.jsonl").write_text(conversation("太阳在哪里？") + "{}\n", encoding="utf-8")
+    command = [sys.executable, "examples/finetune_lora.py", "--data", str(tmp_path / "my.jsonl")]
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert process.returncode == 1 and process.stdout == ""
+    assert process.stderr.startswith(f"{tmp_path / 'my.jsonl'}, line 2: there are no messages")
+    assert process.stderr.count("\n") == 1
+
+
+@pytest.mark.skipif(importlib.util.find_spec("trl") is not None, reason="its packages are installed")
+def test_finetuning_names_the_packages_that_it_needs():
+    command = [sys.executable, "examples/finetune_lora.py", "--qlora"]
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert process.returncode == 1 and process.stdout == ""
+    assert process.stderr == ("datasets, peft, trl, bitsandbytes missing: pip install -r requirements-finetune.txt\n")
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.stem)
 def test_help(path):
     process = subprocess.run([sys.executable, str(path), "--help"], cwd=ROOT, capture_output=True, text=True)
-    if "No module named 'peft'" in process.stderr:  # only the ecosystem environment has peft
-        assert path.stem == "finetune_lora"
-    else:
-        assert process.returncode == 0 and "--model" in process.stdout, process.stderr
+    assert process.returncode == 0 and "--model" in process.stdout, process.stderr

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tools.model_folder import OURS, complete_model
+from tools import model_folder
+from tools.model_folder import ADAPTER, OURS, TINY_OUT, base_model, complete_model
 from tools.package import MODULES
 
 from support.hub_server import TOKEN, Hub, User, answer, drop, environment
@@ -23,7 +24,7 @@ def configured(folder: Path, **fields: object) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", [None, "checkpoints/tiny", str(TINY)])
+@pytest.mark.parametrize("name", [None, "checkpoints/tiny", str(TINY), str(TINY_OUT)])
 def test_the_tiny_checkpoint_is_completed(name: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     folder = Path(complete_model(name))
@@ -50,6 +51,66 @@ def test_other_folders_are_refused_in_one_line(kind: str, tmp_path: Path) -> Non
     with pytest.raises(SystemExit, match=message.format(folder)) as stopped:
         complete_model(str(folder))
     assert "\n" not in str(stopped.value)
+
+
+def adapter(folder: Path, **fields: object) -> str:
+    """A folder with an adapter_config.json."""
+    folder.mkdir()
+    (folder / ADAPTER).write_text(json.dumps(fields))
+    return str(folder)
+
+
+@pytest.fixture
+def peft_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As far as tools/model_folder.py looks."""
+    monkeypatch.setattr(model_folder, "find_spec", lambda name: name == "peft")
+
+
+@pytest.mark.usefixtures("peft_is_installed")
+def test_an_adapter_names_its_model(tmp_path: Path, tiny_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is no adapter has no base model. The tiny model is made again if it is gone."""
+    monkeypatch.setattr(model_folder, "TINY_OUT", tmp_path / "internlm-tiny")
+    for number, base in enumerate((str(tiny_dir), str(tmp_path / "internlm-tiny"))):
+        assert base_model(adapter(tmp_path / str(number), base_model_name_or_path=base)) == base
+    assert (tmp_path / "internlm-tiny" / "model.safetensors").is_file()
+    assert base_model(None) is None and base_model(str(tiny_dir)) is None
+
+
+@pytest.mark.usefixtures("peft_is_installed")
+def test_adapters_without_their_model_are_refused_in_one_line(tmp_path: Path) -> None:
+    gone = str(tmp_path / "gone")
+    for number, (fields, message) in enumerate(
+        (
+            (
+                {"base_model_name_or_path": str(ROOT / "docs")},
+                f"names its model: {str(ROOT / 'docs')!r} has no config",
+            ),
+            ({"base_model_name_or_path": gone}, f"names its model: {gone!r} is neither a folder here nor"),
+            ({"base_model_name_or_path": None}, f"{ADAPTER} is damaged"),
+            ({}, f"{ADAPTER} is damaged"),
+        )
+    ):
+        folder = adapter(tmp_path / str(number), **fields)
+        with pytest.raises(SystemExit) as stopped:
+            base_model(folder)
+        assert str(stopped.value).startswith(repr(folder)) and message in str(stopped.value)
+        assert "\n" not in str(stopped.value)
+
+
+def test_an_adapter_needs_peft(tmp_path: Path, tiny_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The line names the Python that lacks it: `make` has an environment of its own."""
+    monkeypatch.setattr(model_folder, "find_spec", lambda name: None)
+    folder = adapter(tmp_path / "a", base_model_name_or_path=str(tiny_dir))
+    with pytest.raises(SystemExit, match="-m pip install -r requirements-finetune.txt$") as stopped:
+        base_model(folder)
+    assert sys.executable in str(stopped.value)
+
+
+def test_an_adapter_is_no_whole_model(tmp_path: Path) -> None:
+    """Where a whole model is needed, the line says how to make one."""
+    folder = adapter(tmp_path / "a", base_model_name_or_path="internlm/internlm-chat-20b")
+    with pytest.raises(SystemExit, match=r"is an adapter, and .* with --merge, and give .*merged\.$"):
+        complete_model(folder)
 
 
 def test_code_of_2023_is_not_this_projects() -> None:

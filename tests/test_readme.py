@@ -14,6 +14,7 @@ import torch
 import yaml
 
 from tools.matrix import TORCH_VERSIONS, VERSIONS
+from tools.training_memory import memory
 
 from support.paths import ROOT
 
@@ -189,6 +190,31 @@ def test_memory_table(text: str, modeling):
         ]
         shown = [f"{size / 1e9:.{2 if size == token * 1000 else 1}f}" for size in sizes]
         assert rows[name] == [f"{parameters:,}", *shown]
+
+
+def test_finetuning_memory_table(modeling):
+    """Computed by tools/training_memory.py, whose weights and adapter are those of the full-size models."""
+    rows = {(row[0], row[1]): row[2:] for row in _table(PAGES["docs/finetuning.md"], "| adapter and optimizer |")[1:]}
+    found = {}
+    for name, variant in {"7B": "internlm-7b", "20B": "internlm-20b"}.items():
+        config = modeling.InternLMConfig(**json.loads((ROOT / "variants" / variant / "config.json").read_text()))
+        with torch.device("meta"):
+            model = modeling.InternLMForCausalLM(config)
+        linear = [module for module in model.model.layers.modules() if isinstance(module, torch.nn.Linear)]
+        adapter = sum(16 * (module.in_features + module.out_features) for module in linear)
+        size, quantised = (
+            sum(parameter.numel() for parameter in model.parameters()),
+            sum(m.weight.numel() for m in linear),
+        )
+        for method, qlora in {"LoRA, bfloat16": False, "QLoRA, nf4": True}.items():
+            parts, checkpointed = (memory(config, 16, 2048, qlora, checkpointing=each) for each in (False, True))
+            assert parts["weights"] == 2 * size - (2 - 0.5 - 4 / 64) * quantised * qlora
+            assert parts["adapter"] == adapter * (8 if qlora else 16)
+            small = checkpointed["activations"]
+            fixed = parts["weights"] + parts["adapter"]
+            totals = (fixed + parts["activations"], fixed + small)
+            found[name, method] = [f"{value / 1e9:.1f}" for value in (*parts.values(), small, *totals)]
+    assert rows == found
 
 
 @pytest.mark.parametrize("text", [ENGLISH, CHINESE], ids=["English", "Chinese"])

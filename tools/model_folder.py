@@ -2,7 +2,9 @@
 
 import json
 import shlex
+import sys
 from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 
 import httpx2
@@ -21,8 +23,10 @@ from tools.package import ROOT
 
 
 TINY = ROOT / "checkpoints" / "tiny"
+TINY_OUT = ROOT / "build" / "internlm-tiny"
 EXAMPLE = "internlm/internlm-chat-20b"
 OURS = "rotary_internlm.py"  # a module that the code of 2023 lacks
+ADAPTER = "adapter_config.json"
 
 
 def complete_model(name: str | None = None) -> str:
@@ -30,13 +34,19 @@ def complete_model(name: str | None = None) -> str:
 
     Args:
         name: A folder or a repository id. checkpoints/tiny, which is None, too, is completed in build/internlm-tiny.
+            An adapter is refused: base_model gives its model.
 
     Raises:
         SystemExit: It is not there, or not InternLM with this code. The message, one line, says what to do.
     """
-    if name is None or Path(name).resolve() == TINY:
-        return str(assemble(weights=TINY, out=ROOT / "build" / "internlm-tiny", progress=False).out)
+    if name is None or Path(name).resolve() in (TINY, TINY_OUT):
+        return str(assemble(weights=TINY, out=TINY_OUT, progress=False).out)
     config = _file(name, "config.json")
+    if config is None and _file(name, ADAPTER) is not None:
+        raise SystemExit(
+            f"{name!r} is an adapter, and this needs a whole model: repeat the command that trained it with --merge, "
+            f"and give {Path(name) / 'merged'}."
+        )
     if config is None:
         raise SystemExit(f"{name!r} has no config.json: give a model's folder, or a repository such as {EXAMPLE}.")
     try:
@@ -57,6 +67,33 @@ def complete_model(name: str | None = None) -> str:
             + f"python upload_to_hub.py --weights {weights} --local-dir {new}`, and give {new}."
         )
     return name
+
+
+def base_model(name: str | None) -> str | None:
+    """The complete model that an adapter was trained on; None if `name` is no adapter.
+
+    Raises:
+        SystemExit: The model is not there, or peft is not installed. The message, one line, says what to do.
+    """
+    # A repository with a config.json is not looked at further, so that it needs no network if it is in the cache.
+    if name is None or (not Path(name).is_dir() and _file(name, "config.json") is not None):
+        return None
+    file = _file(name, ADAPTER)
+    if file is None:
+        return None
+    try:
+        base = json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"]
+        if not isinstance(base, str):
+            raise TypeError(base)
+    except (ValueError, LookupError, TypeError) as error:
+        raise SystemExit(f"{name!r}: {ADAPTER} is damaged ({error!r}); fetch it again.") from error
+    if find_spec("peft") is None:
+        install = f"{shlex.quote(sys.executable)} -m pip install -r requirements-finetune.txt"
+        raise SystemExit(f"{name!r} is an adapter, for which peft is missing: {install}")
+    try:
+        return complete_model(base)
+    except SystemExit as error:
+        raise SystemExit(f"{name!r} is an adapter, and {ADAPTER} names its model: {error}") from error
 
 
 def _file(name: str, file: str) -> Path | None:

@@ -11,6 +11,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
+from tools.training_memory import activations
+
 
 pytestmark = pytest.mark.ecosystem
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -195,6 +197,32 @@ def test_lora(model, tiny_dir, tiny_tokenizer, tmp_path, target):
     assert after.keys() == before.keys()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed and all(name.split(".")[-2] in PROJECTIONS for name in changed)
+
+
+@pytest.mark.parametrize("rank", (8, 16))
+def test_activations_of_lora_in_bfloat16(modeling, rank):
+    """What autograd keeps for one more layer is what tools/training_memory.py computes, to the byte."""
+    tokens, kept = 64, []
+    for layers in (2, 3):
+        config = modeling.InternLMConfig(
+            vocab_size=100, hidden_size=256, intermediate_size=704, num_attention_heads=2, num_hidden_layers=layers
+        )
+        lora = LoraConfig(r=rank, target_modules=PROJECTIONS, task_type="CAUSAL_LM")
+        adapted = get_peft_model(modeling.InternLMForCausalLM(config).bfloat16(), lora).train()
+        own = {parameter.untyped_storage().data_ptr() for parameter in adapted.parameters()}
+        found = {}
+
+        def keep(tensor, own=own, found=found):
+            if tensor.untyped_storage().data_ptr() not in own:
+                found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+            return tensor
+
+        ids = torch.zeros(1, tokens, dtype=torch.long)
+        with torch.autocast("cpu", torch.bfloat16), torch.autograd.graph.saved_tensors_hooks(keep, lambda one: one):
+            output = adapted.get_base_model().model(ids, use_cache=False)
+        kept.append(sum(storage.nbytes() for storage in found.values()))
+        del output
+    assert kept[1] - kept[0] == activations(config, rank, tokens, checkpointing=False) / config.num_hidden_layers
 
 
 @pytest.mark.parametrize("kind", ("DoRA", "IA3", "PromptTuning", "PrefixTuning"))
