@@ -132,14 +132,14 @@ def plot_long_context(result: dict, path: Path) -> None:
             axes.annotate(
                 f"{row['ratio']:.2f}x",
                 (row["context"], row["ms"]["dynamic"]),
-                (0, 7),
+                (-5, 6),  # above the line, which rises to the right
                 textcoords="offset points",
-                ha="center",
+                ha="right",
             )
-        axes.axvline(result["window"], color="#aaaaaa", linewidth=1, linestyle=":")
+        axes.axvline(result["window"], color="#aaaaaa", linewidth=1, linestyle=":", label="trained window")
         axes.set_xscale("log", base=2)
         axes.set_xticks(contexts, contexts)
-        axes.margins(x=0.1, y=0.15)
+        axes.margins(x=0.18, y=0.15)
         axes.set_title(f"{kind}, {first}, window {result['window']}")
         axes.set_xlabel("context (tokens)")
     all_axes[0][0].set_ylim(bottom=0)
@@ -214,23 +214,27 @@ def _device_bars(axes: Any, rows: list[dict]) -> None:
 def plot_loading(result: dict, path: Path) -> None:
     """Peak memory relative to the checkpoint's size, and seconds to the first token."""
     rows = {row["case"]: row for row in result["rows"]}
-    panels: list[tuple[str, dict[str, float], float | None]] = []
+    panels: list[tuple[str, str, dict[str, float], float | None]] = []
     if row := rows.get("peak_memory"):
-        title = f"peak memory / checkpoint ({row['checkpoint_bytes'] / 1e9:.1f} GB)"
-        panels.append((title, row["peak_over_checkpoint"], 1.1))
+        title = f"peak memory of loading {row['checkpoint_bytes'] / 1e9:.1f} GB"
+        panels.append((title, "peak memory / checkpoint", row["peak_over_checkpoint"], 1.1))
     if row := rows.get("first_token"):
         seconds = {side: ms / 1e3 for side, ms in row["ms"].items()}
         with_text = rows["first_token_with_tokenizer"]["ms"]["ours_text"] / 1e3
-        panels.append(("checkpoints/tiny: s to the first token", seconds | {"ours, with\ntokenizer": with_text}, None))
+        values = seconds | {"ours, with\ntokenizer": with_text}
+        panels.append(("checkpoints/tiny, from import to token", "seconds to the first token", values, None))
     figure, all_axes = plt.subplots(1, len(panels), figsize=(max(6.8, 4.4 * len(panels)), 3.2), squeeze=False)
-    for axes, (title, values, limit) in zip(all_axes[0], panels, strict=True):
+    for axes, (title, unit, values, limit) in zip(all_axes[0], panels, strict=True):
         colours = [COLOURS["other"] if name == "llama" else COLOURS["ours"] for name in values]
         bars = axes.bar(list(values), list(values.values()), color=colours, width=0.55)
         axes.bar_label(bars, fmt="%.2f", padding=2)
         axes.grid(axis="x", visible=False)
-        axes.margins(y=0.12)
+        axes.margins(y=0.2)
         if limit:
             axes.axhline(limit, color=COLOURS["floor"], linestyle="--", linewidth=1)
+            place = {"transform": axes.get_yaxis_transform(), "ha": "center", "va": "bottom", "fontsize": 8}
+            axes.text(0.5, limit, f"target: at most {limit}", **place)
+        axes.set_ylabel(unit)
         axes.set_title(title)
     save(figure, result, path)
 

@@ -50,7 +50,13 @@ def _for_tiny(code: str, tiny_dir: Path) -> str:
     return code if torch.cuda.is_available() else code.replace(".cuda()", ".cpu()")
 
 
-@pytest.mark.parametrize("program", PROGRAMS)
+def _programs() -> list:
+    """Those that need bitsandbytes run where it is installed."""
+    marks = {name: pytest.mark.ecosystem if "BitsAndBytes" in text else () for name, text in PROGRAMS.items()}
+    return [pytest.param(name, marks=marks[name]) for name in PROGRAMS]
+
+
+@pytest.mark.parametrize("program", _programs())
 def test_python_blocks_run(program: str, tiny_dir: Path, capsys: pytest.CaptureFixture[str]):
     """Every Python block of a page runs, in order, and prints the output shown there, or at least something."""
     namespace: dict = {"__name__": "__main__"}
@@ -215,6 +221,17 @@ def test_finetuning_memory_table(modeling):
             totals = (fixed + parts["activations"], fixed + small)
             found[name, method] = [f"{value / 1e9:.1f}" for value in (*parts.values(), small, *totals)]
     assert rows == found
+
+
+def test_the_memory_of_a_card_follows_from_the_table():
+    """Weights, one KV cache and 1 GB."""
+    readme = {row[0]: row for row in _table(ENGLISH, "KV cache, 1,000 tokens")[1:]}
+    columns = {"bfloat16, float16": 3, "int8": 4, "nf4": 5}
+    for model, precision, window, long in _table(PAGES["docs/memory.md"], "| model | precision |")[1:]:
+        weights, cache = float(readme[model][columns[precision]]), float(readme[model][6]) / 1000
+        tokens = {"20B": 4096, "7B": 2048}[model]
+        assert float(window) == pytest.approx(weights + cache * tokens + 1, abs=0.06)
+        assert float(long) == pytest.approx(weights + float(readme[model][7]) + 1, abs=0.06)
 
 
 @pytest.mark.parametrize("text", [ENGLISH, CHINESE], ids=["English", "Chinese"])
