@@ -74,10 +74,13 @@ def page(tokenizer: Any, model: Any, title: str) -> Any:
     ) -> Iterator[str]:
         """The answer so far, at every step."""
         sampling = {} if greedy else {"temperature": temperature, "top_p": top_p}
+        turns = [{"role": message["role"], "content": text_of(message)} for message in history]
+        while turns and turns[-1]["role"] == "user":  # its answer was stopped before it began, or failed
+            turns.pop()
         stream = model.stream_chat(
             tokenizer,
             query,
-            [{"role": message["role"], "content": text_of(message)} for message in history],
+            turns,
             meta_instruction=system or None,
             max_new_tokens=int(max_new_tokens),
             do_sample=not greedy,

@@ -1,5 +1,6 @@
 """The page of `make web` in a real browser: headless Chromium, driven by Playwright."""
 
+import importlib
 import json
 import os
 import re
@@ -166,6 +167,15 @@ def test_an_error_is_a_sentence(browser, tiny_dir, tmp_path):
         ask(page, "Who are you?")
         expect(page.get_by_text("The tokenizer has no chat template")).to_be_visible(timeout=30_000)
         expect(page.get_by_text("Traceback")).not_to_be_visible()
+
+
+def test_a_question_without_an_answer_is_left_out(tiny_model, tiny_tokenizer, monkeypatch):
+    """One that was stopped before its first token, or failed: the conversation goes on."""
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    web = importlib.import_module("web")
+    said = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in (("user", "Hello!"),) * 2]
+    *_, last = web.page(tiny_tokenizer, tiny_model, "x").fn("Who are you?", said, "", True, 1.0, 1.0, 100)
+    assert last == answer(tiny_model, tiny_tokenizer, "Who are you?")
 
 
 def test_it_is_the_app_of_a_space(browser, tiny_dir, tmp_path, tiny_model, tiny_tokenizer):
