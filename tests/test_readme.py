@@ -115,9 +115,8 @@ def test_both_languages_show_the_same():
 def test_pages_in_chinese_show_the_same_as_their_originals(name: str):
     """The same code, however it is broken into lines, headings and items; no line break inside a paragraph."""
     original = PAGES[name.replace("zh/", "")]
-    code = [
-        sorted(re.sub(r"\s", "", text) for text in re.findall(r"`[^`]+`", page)) for page in (original, PAGES[name])
-    ]
+    snippet = re.compile(r"^```.*?^```$|`[^`]+`", re.MULTILINE | re.DOTALL)  # fenced blocks and code spans
+    code = [sorted(re.sub(r"\s", "", text) for text in snippet.findall(page)) for page in (original, PAGES[name])]
     assert code[0] == code[1]
     for pattern in (r"^#+ ", r"^(?:- |\d\. )", r"^\|"):
         assert len(re.findall(pattern, original, re.M)) == len(re.findall(pattern, PAGES[name], re.M)), pattern
