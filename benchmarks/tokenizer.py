@@ -7,7 +7,7 @@ encode/batch, one call with all texts, measures wall time, because there only ou
 `encode` is tokenizer.encode(text), the ids only; `call` is tokenizer(text), for which ours also computes offsets.
 
 python benchmarks/tokenizer.py            # about 2 minutes
-python benchmarks/tokenizer.py --quick    # a trial run, 20 seconds
+python benchmarks/tokenizer.py --quick    # a trial run, under a minute
 """
 
 import gc
@@ -89,10 +89,10 @@ def cpu_seconds(function: Callable[[Any], Any], items: list) -> float:
     return time.process_time() - begin
 
 
-def measure(report: Report, arguments: Any, budget: float) -> None:
+def measure(report: Report, arguments: Any, size: int, budget: float) -> None:
     """Encode and decode each corpus on each side; one row per peer."""
     functions = sides()
-    for corpus, texts in corpora(2_000_000).items():
+    for corpus, texts in corpora(size).items():
         ids = [functions[RAW]["encode"](text) for text in texts]
         megabytes = sum(len(text.encode()) for text in texts) / 1e6
         for name, items in [("encode", texts), ("call", texts), ("decode", ids)]:
@@ -117,9 +117,9 @@ def measure(report: Report, arguments: Any, budget: float) -> None:
                 report.add(*row_of(f"{case} against {peer}", timing, peer, at_least=target, **facts))
 
 
-def measure_batch(report: Report, budget: float) -> None:
+def measure_batch(report: Report, size: int, budget: float) -> None:
     """A data set in one call, as from `datasets.map(batched=True)`, with all threads that a side can use."""
-    texts = corpora(2_000_000)["whole"]
+    texts = corpora(size)["whole"]
     megabytes = sum(len(text.encode()) for text in texts) / 1e6
     raw = sentencepiece.SentencePieceProcessor(model_file=MODEL)
     calls = {
@@ -160,10 +160,10 @@ def main() -> None:
     start(arguments)
     report = Report("tokenizer", arguments)
     report.note(sentencepiece=sentencepiece.__version__, tokenizers=importlib.import_module("tokenizers").__version__)
-    budget = 3 if report.quick else 25
-    measure(report, arguments, budget)
+    size, budget = (200_000, 2) if report.quick else (2_000_000, 25)
+    measure(report, arguments, size, budget)
     if wanted("encode/batch", arguments):
-        measure_batch(report, budget)
+        measure_batch(report, size, budget)
     if wanted("load", arguments):
         measure_loading(report, budget)
     report.finish()
