@@ -170,22 +170,27 @@ def test_the_tests_that_run_a_line_are_measured(project, tmp_path):
     assert [name for name in measured if measured[name] != changed[name]] == ["tests/test_one.py"]
 
 
-def test_only_test_files_that_load_a_file_are_run(project, tmp_path):
-    """A file of tools/, which a test runs in another process, and of the same name as one in another folder."""
-    for folder in ("one", "two"):
+def test_only_test_files_that_run_a_line_of_a_tool_are_run(project, tmp_path):
+    """In another process. Not those that run a file of the same name in another folder, or other lines of this one."""
+    for test, folder, argument in (("one", "one", ""), ("quiet", "one", "quiet"), ("two", "two", "")):
         path = project / "tools" / folder / "number.py"
-        path.parent.mkdir(parents=True)
-        path.write_text("print(2 * 3)\n")
-        (project / "tests" / f"test_{folder}.py").write_text(
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(
+            "import sys\nif sys.argv[1:] == ['loud']:\n    print('!')\nif not sys.argv[1]:\n    print(2 * 3)\n"
+        )
+        command = f"[sys.executable, {str(path.relative_to(project))!r}, {argument!r}]"
+        (project / "tests" / f"test_{test}.py").write_text(
             "import subprocess, sys\n\ndef test_number():\n"
-            f"    assert subprocess.check_output([sys.executable, {str(path.relative_to(project))!r}]) == b'6\\n'\n"
+            f"    assert subprocess.check_output({command}) == {b'' if argument else b'6' + bytes([10])!r}\n"
         )
     file = "tools/one/number.py"
     made = next(mutant for mutant in mutation.mutants(project, file, 0) if mutant.operator == "arithmetic")
     (record,) = mutation.run(project, [made], tmp_path / "results.jsonl")
     assert (record["file"], record["by"]) == (file, "tests/test_one.py::test_number")
     measured = mutation.measurements(project, tmp_path / "measured")
-    assert mutation.reaching(measured, file, 1) == ([], ["tests/test_one.py"])
+    assert mutation.reaching(measured, file, 5) == ([], ["tests/test_one.py"])
+    quick, files = mutation.reaching(measured, file, 3)  # nobody runs it
+    assert (quick, sorted(files)) == ([], ["tests/test_one.py", "tests/test_quiet.py"])
 
 
 def test_an_endless_loop_is_a_timeout(project, tmp_path, monkeypatch):
