@@ -25,6 +25,7 @@ import sentencepiece
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
 from transformers import AddedToken, AutoTokenizer, TextIteratorStreamer, TextStreamer
 
 from tools import package
@@ -678,15 +679,22 @@ def test_in_a_fresh_process_without_protobuf_and_network(saved, folder, tok, tmp
     assert tok.backend_tokenizer.pre_tokenizer is None  # with one, transformers asks the Hub whether it is Mistral's
 
 
-def test_loading_takes_under_a_second(folder):
-    """Best of three, because other processes may be running."""
-    best = 9.0
-    for _ in range(3):
+def test_loading_takes_under_a_second(folder, tok):
+    """As a ratio, which depends less on the machine: from JSON alone the same tokenizer takes a third of a second.
+
+    The best of three alternating CPU times; benchmarks/tokenizer.py measures the seconds.
+    """
+
+    def seconds(function, argument) -> float:
         gc.collect()
         start = time.process_time()
-        load(folder)
-        best = min(best, time.process_time() - start)
-    assert best < 1.0
+        function(argument)
+        return time.process_time() - start
+
+    text = tok.backend_tokenizer.to_str()
+    pairs = [(seconds(load, folder), seconds(Tokenizer.from_str, text)) for _ in range(3)]
+    ours, json_alone = map(min, zip(*pairs, strict=True))
+    assert ours < 3 * json_alone
 
 
 @pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, lambda tok: pickle.loads(pickle.dumps(tok))])
