@@ -46,14 +46,17 @@ EXAMPLES = ["Who are you?", "你是谁？", "Where do bees live?"]
 
 
 def load(name: str | None) -> tuple[Any, Any]:
-    """Tokenizer and model of a folder or Hub repository (None: the tiny model), in its saved dtype."""
+    """Tokenizer and model of a folder or Hub repository (None: the tiny model), or of an adapter."""
     try:
-        from demo import complete_model
-    except ModuleNotFoundError:  # in a Space there is only this file
-        if name is None:
-            raise SystemExit("Set MODEL to a repository that holds this project's code.") from None
+        from demo import load as load_here
+    except ModuleNotFoundError as error:
+        if error.name != "demo":  # a package of the project is missing
+            raise
     else:
-        name = complete_model(name)
+        return load_here(name)
+    # In a Space there is only this file.
+    if name is None:
+        raise SystemExit("Set MODEL to a repository that holds this project's code.")
     tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=True)
     model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=True, dtype="auto", device_map="auto")
     return tokenizer, model.eval()

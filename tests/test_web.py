@@ -170,7 +170,7 @@ def test_an_error_is_a_sentence(browser, tiny_dir, tmp_path):
 
 
 def test_a_question_without_an_answer_is_left_out(tiny_model, tiny_tokenizer, monkeypatch):
-    """One that was stopped before its first token, or failed: the conversation goes on."""
+    """One that was stopped before its first token, or failed: the next question gets its answer."""
     monkeypatch.syspath_prepend(ROOT / "examples")
     web = importlib.import_module("web")
     said = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in (("user", "Hello!"),) * 2]
