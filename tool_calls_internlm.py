@@ -9,6 +9,9 @@ A reply is a text and then any number of calls:
 A line that begins with `Action:` or `Action Input:` belongs to a call, whatever the text before it; these words
 elsewhere in a line are text. A call ends where the next one begins, or with the reply. Blank lines and spaces around
 the name and the object are ignored. A string in JSON has no line breaks, so no line of an object begins a call.
+
+parse_tool_calls reads a complete reply. RESPONSE_TEMPLATE describes the same form to transformers' own parser, which
+also reads a reply while it is generated.
 """
 
 import json
@@ -17,6 +20,41 @@ from typing import Any
 
 
 _MARK = re.compile(r"^(?=Action(?: Input)?:)", re.MULTILINE)
+
+# Patterns for the package regex, which compiles response templates: (?&name) matches as the group of that name does,
+# and ++ and *+ give nothing back, so that time is linear.
+_HEX = r"[0-9a-fA-F]{2}"
+_ESCAPE = rf"""["\\/bfnrt]|u(?:[dD][89abAB]{_HEX}\\u[dD][c-fC-F]{_HEX}|(?![dD][89a-fA-F]){_HEX}{_HEX})"""
+_JSON = (
+    r"(?(DEFINE)(?P<_space>[ \t\r\n]*+)"
+    rf"""(?P<_string>"(?:[^"\\\x00-\x1f]|\\(?:{_ESCAPE}))*+")"""
+    r"(?P<_number>-?(?:0|[1-9][0-9]*+)(?:\.[0-9]++)?+(?:[eE][+-]?[0-9]++)?+)"
+    r"(?P<_list>\[(?&_space)(?:(?&_value)(?:,(?&_space)(?&_value))*+)?+\])"
+    r"(?P<_pair>(?&_string)(?&_space):(?&_space)(?&_value))"
+    r"(?P<_object>\{(?&_space)(?:(?&_pair)(?:,(?&_space)(?&_pair))*+)?+\})"
+    r"(?P<_value>(?:(?&_string)|(?&_number)|(?&_list)|(?&_object)|true|false|null)(?&_space)))"
+)
+_CALL = r"Action:[^\S\n]*+{name}\s*+(?<=\n)Action Input:(?&_space){arguments}(?&_space)"
+_NAME, _OBJECT = r"\S++(?:[^\S\n]++\S++)*+", "(?&_object)"
+_STOP = r"(?:<eoa>|</s>)(?:</s>|<unk>)*+"  # and the padding of a batch's shorter replies
+_NEXT = rf"(?<=\n){_CALL.format(name=_NAME, arguments=_OBJECT)}"
+
+# Only calls that fill the rest of the reply are calls, so that a malformed one stays text, with those before it.
+RESPONSE_TEMPLATE = {
+    "start_anchor": "<|Bot|>:",
+    "defaults": {"role": "assistant"},
+    "fields": {
+        "content": {"close_pattern": rf"{_STOP}\s*+\Z", "content_args": {"strip": False}},
+        "tool_calls": {
+            "open_pattern": rf"{_JSON}(?:\A|\n|(?<=\n))"
+            + _CALL.format(name=f"(?P<name>{_NAME})", arguments=f"(?P<arguments>{_OBJECT})")
+            + rf"(?=(?:{_NEXT})*+(?:{_STOP})?+\s*+\Z)",
+            "close_pattern": "",
+            "repeats": True,
+            "transform": {"type": "function", "function": {"name": "{name}", "arguments": "{arguments}"}},
+        },
+    },
+}
 
 
 def parse_tool_calls(reply: str) -> dict[str, Any]:
@@ -67,4 +105,4 @@ def _object(items: list[tuple[str, Any]]) -> dict[str, Any]:
     return value
 
 
-__all__ = ["parse_tool_calls"]
+__all__ = ["RESPONSE_TEMPLATE", "parse_tool_calls"]

@@ -1,32 +1,42 @@
-"""`make serve`: a local OpenAI-compatible server, using `transformers serve` (docs/serving.md).
+"""`make serve`: a local OpenAI-compatible server, by transformers or by vLLM (docs/serving.md).
 
     python examples/serve.py [--model M] [any option of `transformers serve`, for example --port 8001 --compile]
+    python examples/serve.py --engine vllm [--model M] [--context N] [any option of `vllm serve`]
 
-Clients use the same model id as --model.
+Clients call the model by the name of its folder or repository.
 """
 
 import argparse
 
 from demo import complete_model
-from transformers import AutoConfig
-from transformers.cli.serving import model_manager
-from transformers.cli.transformers import app
-from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], epilog="Other options are passed to `transformers serve`; see its --help."
+        description=__doc__.splitlines()[0],
+        epilog="Other options are the engine's: see `transformers serve --help` or `vllm serve --help`.",
     )
     parser.add_argument("--model", help="a model folder or Hub repository id (default: the tiny model)")
+    parser.add_argument(
+        "--engine", choices=("transformers", "vllm"), default="transformers", help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--context", type=int, help="vllm: tokens to serve beyond the trained window, for example 16384"
+    )
     arguments, options = parser.parse_known_args()
+    if arguments.context is not None and arguments.context < 1:
+        parser.error("--context must be positive")
     name = complete_model(arguments.model)
-    config = AutoConfig.from_pretrained(name, trust_remote_code=True)
-    # `transformers serve` looks up the model's class by name in transformers, which does not contain remote code. It
-    # must be set in the module object that `serve` uses: `import transformers` here may give another one (5.24).
-    model_class = get_class_from_dynamic_module(config.auto_map["AutoModelForCausalLM"], name)
-    setattr(model_manager.transformers, model_class.__name__, model_class)
-    app(["serve", name, "--trust-remote-code", *options])
+    if arguments.engine == "vllm":
+        from tools.serving import vllm_server
+
+        vllm_server.serve(name, arguments.context, options)
+    else:
+        if arguments.context is not None:
+            print("CONTEXT is for ENGINE=vllm: transformers computes any length exactly, without a setting.")
+        from tools.serving import transformers_server
+
+        transformers_server.serve(name, options)
 
 
 if __name__ == "__main__":
