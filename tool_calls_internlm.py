@@ -21,23 +21,26 @@ from typing import Any
 
 _MARK = re.compile(r"^(?=Action(?: Input)?:)", re.MULTILINE)
 
-# Patterns for the package regex, which compiles response templates: (?&name) matches as the group of that name does,
-# and ++ and *+ give nothing back, so that time is linear.
+# Patterns for the package regex, which compiles response templates: ++ and *+ give nothing back, so that time is
+# linear, and (?&nested) matches as the group of that name does, which is slow, so that only nested values do it.
+_SPACE = r"[ \t\r\n]*+"
 _HEX = r"[0-9a-fA-F]{2}"
 _ESCAPE = rf"""["\\/bfnrt]|u(?:[dD][89abAB]{_HEX}\\u[dD][c-fC-F]{_HEX}|(?![dD][89a-fA-F]){_HEX}{_HEX})"""
-_JSON = (
-    r"(?(DEFINE)(?P<_space>[ \t\r\n]*+)"
-    rf"""(?P<_string>"(?:[^"\\\x00-\x1f]|\\(?:{_ESCAPE}))*+")"""
-    r"(?P<_number>-?(?:0|[1-9][0-9]*+)(?:\.[0-9]++)?+(?:[eE][+-]?[0-9]++)?+)"
-    r"(?P<_list>\[(?&_space)(?:(?&_value)(?:,(?&_space)(?&_value))*+)?+\])"
-    r"(?P<_pair>(?&_string)(?&_space):(?&_space)(?&_value))"
-    r"(?P<_object>\{(?&_space)(?:(?&_pair)(?:,(?&_space)(?&_pair))*+)?+\})"
-    r"(?P<_value>(?:(?&_string)|(?&_number)|(?&_list)|(?&_object)|true|false|null)(?&_space)))"
-)
-_CALL = r"Action:[^\S\n]*+{name}\s*+(?<=\n)Action Input:(?&_space){arguments}(?&_space)"
-_NAME, _OBJECT = r"\S++(?:[^\S\n]++\S++)*+", "(?&_object)"
+_STRING = rf""""(?:[^"\\\x00-\x1f]|\\(?:{_ESCAPE}))*+\""""
+_NUMBER = r"-?(?:0|[1-9][0-9]*+)(?:\.[0-9]++)?+(?:[eE][+-]?[0-9]++)?+"
+_VALUE = rf"(?:{_STRING}|{_NUMBER}|true|false|null|(?&nested)){_SPACE}"
+_PAIR = rf"{_STRING}{_SPACE}:{_SPACE}{_VALUE}"
+_OBJECT = rf"\{{{_SPACE}(?:{_PAIR}(?:,{_SPACE}{_PAIR})*+)?+\}}"
+_LIST = rf"\[{_SPACE}(?:{_VALUE}(?:,{_SPACE}{_VALUE})*+)?+\]"
+_NESTED = rf"(?(DEFINE)(?P<nested>{_OBJECT}|{_LIST}))"
+_NAME, _ARGUMENTS = r"\S++(?:[^\S\n]++\S++)*+", r"(?=\{)(?&nested)"
+
+
+def _call(name: str, arguments: str) -> str:
+    return rf"Action:[^\S\n]*+{name}\s*+(?<=\n)Action Input:{_SPACE}{arguments}{_SPACE}"
+
+
 _STOP = r"(?:<eoa>|</s>)(?:</s>|<unk>)*+"  # and the padding of a batch's shorter replies
-_NEXT = rf"(?<=\n){_CALL.format(name=_NAME, arguments=_OBJECT)}"
 
 # Only calls that fill the rest of the reply are calls, so that a malformed one stays text, with those before it.
 RESPONSE_TEMPLATE = {
@@ -46,9 +49,8 @@ RESPONSE_TEMPLATE = {
     "fields": {
         "content": {"close_pattern": rf"{_STOP}\s*+\Z", "content_args": {"strip": False}},
         "tool_calls": {
-            "open_pattern": rf"{_JSON}(?:\A|\n|(?<=\n))"
-            + _CALL.format(name=f"(?P<name>{_NAME})", arguments=f"(?P<arguments>{_OBJECT})")
-            + rf"(?=(?:{_NEXT})*+(?:{_STOP})?+\s*+\Z)",
+            "open_pattern": rf"{_NESTED}(?:\A|\n|(?<=\n)){_call(f'(?P<name>{_NAME})', f'(?P<arguments>{_ARGUMENTS})')}"
+            rf"(?=(?:(?<=\n){_call(_NAME, _ARGUMENTS)})*+(?:{_STOP})?+\s*+\Z)",
             "close_pattern": "",
             "repeats": True,
             "transform": {"type": "function", "function": {"name": "{name}", "arguments": "{arguments}"}},

@@ -1,53 +1,15 @@
 """Tool use with InternLM: a calculator and a dictionary, in the ReAct format of its chat template.
 
 python examples/tools.py "What is 12 + 7?"
+
+tools_client.py does the same over the API.
 """
 
 import argparse
-import ast
-import operator
 
 from demo import load
+from tools_client import TOOLS, call_tool, final_answer
 from transformers import logging
-
-
-OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul}
-WORDS = {"river": "a long stream of water that flows to the sea", "河流": "流向大海的水"}
-
-
-def calculator(expression: str) -> str:
-    """Calculate.
-
-    Args:
-        expression: the sum
-    """
-
-    def value(node):
-        if isinstance(node, ast.BinOp):
-            return OPERATORS[type(node.op)](value(node.left), value(node.right))
-        return {ast.Constant: lambda: node.value, ast.UnaryOp: lambda: -value(node.operand)}[type(node)]()
-
-    return str(value(ast.parse(expression, mode="eval").body))
-
-
-def dictionary(word: str) -> str:
-    """Look up a word.
-
-    Args:
-        word: the word
-    """
-    return WORDS.get(word, "a word that is not in this dictionary")
-
-
-TOOLS = {tool.__name__: tool for tool in (calculator, dictionary)}
-
-
-def call_tool(name: str, arguments: dict) -> str:
-    """The tool's result, or the error, as text for the model."""
-    try:
-        return TOOLS[name](**arguments)
-    except (KeyError, TypeError, SyntaxError) as error:
-        return f"Error: {error!r}"
 
 
 def run(model, tokenizer, question: str, rounds: int = 4) -> list[dict]:
@@ -71,11 +33,6 @@ def run(model, tokenizer, question: str, rounds: int = 4) -> list[dict]:
             result = call_tool(call["function"]["name"], call["function"]["arguments"])
             messages.append({"role": "tool", "content": result})
     return messages
-
-
-def final_answer(reply: str) -> str:
-    """The text after `Final Answer:`, or the whole reply."""
-    return reply.rpartition("Final Answer:")[2].strip()
 
 
 def main() -> None:

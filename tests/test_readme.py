@@ -7,7 +7,6 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
@@ -16,6 +15,7 @@ import yaml
 from tools.matrix import TORCH_VERSIONS, VERSIONS
 from tools.training_memory import memory
 
+from support.pages import blocks, run_blocks
 from support.paths import ROOT
 
 
@@ -31,63 +31,28 @@ PROGRAMS = {"README.md (English)": ENGLISH, "README.md (Chinese)": CHINESE}
 PROGRAMS |= {name: text for name, text in PAGES.items() if "\n```python\n" in text and name != "README.md"}
 
 
-class Block(NamedTuple):
-    """A Python block of a page, and the output that the page shows for it, if any."""
-
-    line: int
-    code: str
-    prints: str | None
-
-
-def _blocks(text: str) -> list[Block]:
-    found = re.finditer(r"^```python\n(.*?)^```$(?:\n\n```text\n(.*?)^```$)?", text, re.MULTILINE | re.DOTALL)
-    return [Block(text[: match.start()].count("\n") + 2, match[1], match[2]) for match in found]
-
-
-def _for_tiny(code: str, tiny_dir: Path) -> str:
-    """The block with the tiny model instead of the official ones, and on the CPU if there is no GPU."""
-    code = re.sub(r'"(?:internlm/internlm-[\w-]+|OUT)"', lambda match: repr(str(tiny_dir)), code)
-    return code if torch.cuda.is_available() else code.replace(".cuda()", ".cpu()")
-
-
 def _programs() -> list:
-    """Those that need bitsandbytes run where it is installed."""
+    """Those that need bitsandbytes run where it is installed; test_serving.py runs those that need a server."""
     marks = {name: pytest.mark.ecosystem if "BitsAndBytes" in text else () for name, text in PROGRAMS.items()}
-    return [pytest.param(name, marks=marks[name]) for name in PROGRAMS]
+    return [pytest.param(name, marks=marks[name]) for name in PROGRAMS if "OPENAI_BASE_URL" not in PROGRAMS[name]]
 
 
 @pytest.mark.parametrize("program", _programs())
 def test_python_blocks_run(program: str, tiny_dir: Path, capsys: pytest.CaptureFixture[str]):
-    """Every Python block of a page runs, in order, and prints the output shown there, or at least something."""
-    namespace: dict = {"__name__": "__main__"}
-    blocks = _blocks(PROGRAMS[program])
-    assert blocks, f"{program} has no Python block"
-    for block in blocks:
-        torch.manual_seed(0)
-        exec(compile(_for_tiny(block.code, tiny_dir), f"{program}, line {block.line}", "exec"), namespace)
-        printed = capsys.readouterr().out
-        if block.prints is not None:
-            assert printed.rstrip("\n") == block.prints.rstrip("\n"), f"{program}, line {block.line}"
-        elif "print(" in block.code:
-            assert printed.strip(), f"{program}, line {block.line} prints nothing"
-            assert not re.search(r"<eoa>|<\|\w+\|>", printed), printed  # a reply that did not stop
-        if re.search("Who are you|你是谁", block.code):
-            assert re.search("InternLM|书生·浦语", printed), printed
-        prompt = re.search(r'tokenizer\(\[?"([^"]+)"', block.code)
-        assert prompt is None or (printed.startswith(prompt[1]) and len(printed) > len(prompt[1]) + 10), printed
+    run_blocks(program, PROGRAMS[program], str(tiny_dir), capsys)
 
 
 def test_snippets_are_the_modern_and_the_official_one():
     """First the modern snippet, then the unchanged official one; and nothing chats through AutoModel."""
     for text in (ENGLISH, CHINESE):
-        modern, official = (block.code for block in _blocks(text)[:2])
+        modern, official = (block.code for block in blocks(text)[:2])
         for needed in ('dtype="auto"', 'device_map="auto"', "revision=revision", "trust_remote_code=True"):
             assert needed in modern
         assert ".cuda()" not in modern and "dtype" not in official
         for needed in (".cuda()", ".eval()", "v.cuda()", "skip_special_tokens=True", '"repetition_penalty": 1.05'):
             assert needed in official
     for name, text in PAGES.items():
-        assert not re.search(r"\bAutoModel\b", "".join(block.code for block in _blocks(text))), name
+        assert not re.search(r"\bAutoModel\b", "".join(block.code for block in blocks(text))), name
 
 
 class _WithoutText(ast.NodeTransformer):
@@ -100,7 +65,7 @@ def test_both_languages_show_the_same():
     for pattern in (r"^## ", r"\]\([^)#]+\)", r"^```", r"^- \S"):
         counts = [len(re.findall(pattern, text, re.MULTILINE)) for text in (ENGLISH, CHINESE)]
         assert counts[0] == counts[1], f"{pattern}: {counts[0]} in English, {counts[1]} in Chinese"
-    english, chinese = (_blocks(text) for text in (ENGLISH, CHINESE))
+    english, chinese = (blocks(text) for text in (ENGLISH, CHINESE))
     for ours, theirs in zip(english, chinese, strict=True):
         words = re.sub(r'"[A-Z][^"]* [^"]*"', '"文"', ours.code)  # English sentences
         trees = [ast.dump(_WithoutText().visit(ast.parse(code))) for code in (words, theirs.code)]

@@ -6,9 +6,14 @@ import sys
 import time
 
 import pytest
+import regex
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import pipeline
+from transformers.utils.chat_parsing import ResponseParser
+
+from support.replies import MALFORMED, NO_JSON, WELL_FORMED
 
 
 @pytest.fixture(scope="module")
@@ -104,34 +109,6 @@ def test_any_message_survives_rendering_and_parsing(tokenizer, content, tool_cal
     assert tokenizer.parse_tool_calls(rendered_reply(tokenizer, message)) == message
 
 
-MALFORMED = (
-    "Action: calculator",
-    "Action: calculator\nAction Input:",
-    "Action: calculator\nAction Input: 12 + 7",
-    'Action: calculator\nAction Input: {"expression": "12 + 7"',
-    "Action: calculator\nAction Input: [1]",
-    'Action:\nAction Input: {"a": 1}',
-    'Action: a\nAction Input: {"a": 1}\nAction: b\nAction Input: {',
-    "Action: calculator\nsome text",
-    'Action: calculator\nsome text\nAction Input: {"a": 1}',
-    'Action: calculator Action Input: {"a": 1}',
-    'Action Input: {"a": 1}',
-    'Action: a\nAction Input: {"a": 1}\nAction Input: {"a": 1}',
-    'Action: a\nAction Input: {"a": 1}\nResponse: 3',
-    'Action: a\nAction: b\nAction Input: {"a": 1}',
-)
-NO_JSON = {
-    "NaN": '{"a": NaN}',
-    "infinity": '{"a": [-Infinity]}',
-    "overflow": '{"a": 1e999}',
-    "5000 digits": '{"a": %s}' % ("1" * 5000),
-    "half of a surrogate pair": r'{"a": "\ud83d"}',
-    "a key twice": '{"a": 1, "b": {"c": 1, "c": 2}}',
-    "1500 brackets": "[" * 1500,
-    "100,000 braces": '{"a":' * 100_000,
-}
-
-
 @pytest.mark.parametrize("reply", MALFORMED)
 def test_malformed_call_is_quoted(tokenizer, reply):
     with pytest.raises(ValueError, match="Not a tool call: .*Action"):
@@ -179,6 +156,107 @@ def parsing_seconds(tokenizer, reply: str) -> float:
     except ValueError as error:
         assert "Not a tool call" in str(error)
     return time.thread_time() - begin
+
+
+# The response template: the same form, read by the library, whole and piece by piece.
+
+
+def read(tokenizer, reply: str) -> tuple[str, list[tuple[str, str]]]:
+    """Text and calls of a reply, as the library reads it at once; and it reads the same in pieces of any size."""
+    prompt, found = "<s><|User|>:<|Bot|>:\n<|Bot|>:", []
+    for size in (len(reply) + 1, 3, 1 + len(reply) // 100):
+        parser = ResponseParser(tokenizer.tool_response_template, prefix=prompt)
+        events = [event for at in range(0, len(reply), size) for event in parser.feed(reply[at : at + size])]
+        message, last = parser.finalize()
+        text, calls = "", []
+        for event in events + last:
+            if event["type"] == "region_chunk" and event["field"] == "content":
+                text += event["text"]
+            elif event["type"] == "region_close" and event["field"] == "tool_calls":
+                calls.append(event["value"])
+        assert message == {"role": "assistant"} | ({"content": text} if text else {}) | (
+            {"tool_calls": calls} if calls else {}
+        )
+        found.append((text, [(call["function"]["name"], call["function"]["arguments"]) for call in calls]))
+    assert found[0] == found[1] == found[2]
+    return found[0]
+
+
+@pytest.mark.parametrize("reply", WELL_FORMED)
+@pytest.mark.parametrize("end", ["", "<eoa>", "</s>", "<eoa><unk><unk>"])
+def test_the_library_reads_the_same(tokenizer, reply, end):
+    """With and without the token that ends a reply and the padding after it, which the library does not leave out."""
+    text, calls = WELL_FORMED[reply]
+    message = tokenizer.parse_tool_calls(reply)
+    assert (message["content"], message.get("tool_calls", [])) == (text, [call(name, **args) for name, args in calls])
+    read_text, read_calls = read(tokenizer, reply + end)
+    assert (read_text, [(name, json.loads(given)) for name, given in read_calls]) == (text, calls)
+
+
+@settings(max_examples=40, deadline=None)
+@given(contents, st.lists(calls, max_size=3))
+def test_the_library_reads_any_rendered_message(tokenizer, content, tool_calls):
+    message = {"role": "assistant", "content": content} | ({"tool_calls": tool_calls} if tool_calls else {})
+    text, found = read(tokenizer, rendered_reply(tokenizer, message) + "<eoa>")
+    assert text == content
+    assert [call(name, **json.loads(given)) for name, given in found] == tool_calls
+
+
+@pytest.mark.parametrize("reply", MALFORMED)
+def test_a_malformed_call_stays_text(tokenizer, reply):
+    """Nothing of the reply is lost; calls are only those that follow the malformed one, up to the end."""
+    text, found = read(tokenizer, f"Thought: hm\n{reply}<eoa>")
+    rest = "".join(f"\nAction: {name}\nAction Input: {given}" for name, given in found)
+    assert text + rest == f"Thought: hm\n{reply}"
+    assert bool(found) == (reply in ('Action: a\nAction: b\nAction Input: {"a": 1}',))
+
+
+@pytest.mark.parametrize("name", NO_JSON)
+def test_arguments_that_are_not_json_are_text(tokenizer, name):
+    """What is JSON, though it cannot be written again, reaches the client as it was written."""
+    reply = f"Action: a\nAction Input: {NO_JSON[name]}"
+    json_by_its_grammar = name in ("overflow", "5000 digits", "a key twice")
+    if len(reply) < 10_000:
+        assert read(tokenizer, reply) == (("", [("a", NO_JSON[name])]) if json_by_its_grammar else (reply, []))
+
+
+def test_a_reply_may_end_with_the_name_of_a_token(tokenizer):
+    """Only the last token is that which ended it."""
+    assert read(tokenizer, "It is </s><eoa>") == ("It is </s>", [])
+    assert read(tokenizer, "It is <eoa><eoa>") == ("It is <eoa>", [])
+
+
+def test_the_pipeline_reads_calls_when_told_to(tiny_dir):
+    """Not from the start: with a response template, the pipeline leaves </s> at the end of plain completions."""
+    pipe = pipeline("text-generation", str(tiny_dir), trust_remote_code=True)
+    pipe.tokenizer.padding_side = "left"
+    assert pipe.tokenizer.response_template is None
+    questions = [[{"role": "user", "content": text}] for text in ("Who are you?", "Hello!")]
+    settings = {"max_new_tokens": 80, "do_sample": False}
+    before = [reply[0]["generated_text"][-1] for reply in pipe(questions, batch_size=2, **settings)]
+    pipe.tokenizer.response_template = pipe.tokenizer.tool_response_template
+    assert [reply[0]["generated_text"][-1] for reply in pipe(questions, batch_size=2, **settings)] == before
+    tools = [importlib.import_module("examples.tools_client").calculator]
+    question = [{"role": "user", "content": "What is 12 + 7?"}]
+    reply = pipe(question, tools=tools, **settings)[0]["generated_text"][-1]
+    assert reply["content"] == "Thought: I need the calculator."
+    assert reply["tool_calls"] == [
+        {"type": "function", "function": {"name": "calculator", "arguments": '{"expression": "12 + 7"}'}}
+    ]
+
+
+@pytest.mark.parametrize("start, repeated, end", LONG.values(), ids=LONG)
+def test_the_pattern_takes_linear_time(tokenizer, start, repeated, end):
+    """Except for calls without end, for each of which it looks to the end: 8 times the text took 18 times as long."""
+    pattern = regex.compile(tokenizer.tool_response_template["fields"]["tool_calls"]["open_pattern"], regex.DOTALL)
+    previous = 0.002
+    for size in (2_000, 16_000, 128_000):
+        reply = start + repeated * (size // len(repeated)) + end
+        begin = time.thread_time()
+        pattern.search(reply)
+        seconds = time.thread_time() - begin
+        assert seconds < 24 * previous
+        previous = max(seconds, 0.002)
 
 
 def test_functions_and_schemas_render_alike(tokenizer):
@@ -239,9 +317,10 @@ def test_a_role_header_cannot_hide_across_text_parts(tokenizer, cut):
 
 @pytest.fixture(scope="module")
 def example():
-    """examples/tools.py, which as a script finds demo.py in its own folder."""
+    """examples/tools.py, which as a script finds the others in its own folder."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, "demo", importlib.import_module("examples.demo"))
+        for name in ("demo", "tools_client"):
+            patch.setitem(sys.modules, name, importlib.import_module(f"examples.{name}"))
         yield importlib.import_module("examples.tools")
 
 

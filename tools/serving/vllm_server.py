@@ -29,6 +29,11 @@ def serve(name: str, context: int | None, options: list[str]) -> None:
     """
     if importlib.util.find_spec("vllm") is None:
         raise SystemExit("vllm is missing: `make serve ENGINE=vllm` installs it, in an environment of its own.")
+    if os.environ.get("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "0").lower() in ("1", "true"):
+        raise SystemExit(
+            "With VLLM_ALLOW_LONG_MAX_MODEL_LEN vLLM would compute texts beyond the trained window wrongly: unset it, "
+            "and use CONTEXT=N."
+        )
     # On a CPU: GiB of keys and values. vLLM's default is nearly all of the memory, which it takes minutes to fill.
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "4")
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *arguments(name, context, options)]
