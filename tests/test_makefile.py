@@ -17,7 +17,10 @@ GIVEN = {
         ["--model", "$HOME/`id`", "--greedy", "--seed", "1"],
     ),
     "web": ({"MODEL": "a b", "PORT": "7"}, ["--model", "a b", "--port", "7"]),
-    "serve": ({"MODEL": "a'b", "ARGS": "--compile"}, ["--model", "a'b", "--compile"]),
+    "serve": (
+        {"MODEL": "a'b", "CONTEXT": "9", "ARGS": "--compile"},
+        ["--model", "a'b", "--context", "9", "--compile"],
+    ),
     "mutation": ({"FILES": "c*_internlm.py x.py", "N": "3", "SEED": "4"}, None),
 }
 

@@ -30,6 +30,14 @@ CALCULATOR = {
         },
     },
 }
+# As the programs of 2023 wrote it into the prompt themselves: what the chat template writes for the calculator.
+WRITTEN_TOOLS = (
+    f"You can use these tools:\n{json.dumps(CALCULATOR['function'])}\n"
+    "To use a tool, write:\nThought: what you need to know\nAction: the name of the tool\n"
+    "Action Input: its arguments as JSON\n"
+    "The system replies with a line that starts with Response. When you know the answer, write:\n"
+    "Thought: how you know it\nFinal Answer: the answer"
+)
 # All that the model can write is short, which the tiny model by itself does not keep to in JSON.
 PICK = {
     "type": "object",
@@ -158,6 +166,12 @@ def _(server: Server) -> str:
 def _(server: Server) -> str:
     message = server.chat(SUM, tools=[CALCULATOR], tool_choice="none").choices[0].message
     return "text" if message.content and not message.tool_calls else "tool_calls"
+
+
+@_row("tools in the prompt's text")
+def _(server: Server) -> str:
+    message = server.chat([{"role": "system", "content": WRITTEN_TOOLS}, *SUM]).choices[0].message
+    return "text" if "\nAction: calculator\n" in (message.content or "") else f"not {message.content}"
 
 
 @_row('tool_choice="required", or a name')
