@@ -170,7 +170,11 @@ def _(server: Server) -> str:
 
 @_row("tools in the prompt's text")
 def _(server: Server) -> str:
-    message = server.chat([{"role": "system", "content": WRITTEN_TOOLS}, *SUM]).choices[0].message
+    messages = [{"role": "system", "content": WRITTEN_TOOLS}, *SUM]
+    message = server.chat(messages).choices[0].message
+    chunks = server.chat(messages, stream=True)
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    assert text == message.content
     return "text" if "\nAction: calculator\n" in (message.content or "") else f"not {message.content}"
 
 

@@ -96,7 +96,7 @@ class Completion(_Handler, completion.CompletionHandler):
 class Chat(_Handler, chat_completion.ChatCompletionHandler):
     """/v1/chat/completions. Replies to requests with tools are parsed, and no others."""
 
-    _parsing: tuple[Any, Any] | None = None  # the tokenizer, and its copy with the response template
+    _parsing: Any = None  # a copy of the one model's tokenizer, with the response template
 
     def _validate_request(self, body: dict[str, Any]) -> None:
         super()._validate_request(body)
@@ -131,8 +131,7 @@ class Chat(_Handler, chat_completion.ChatCompletionHandler):
         return await super()._non_streaming(request_id, model, processor, *others, tools=tools, **named)
 
     def _that_parses(self, tokenizer: Any) -> Any:
-        if self._parsing is None or self._parsing[0] is not tokenizer:
-            copied = copy.copy(tokenizer)
-            copied.response_template = tokenizer.tool_response_template
-            self._parsing = tokenizer, copied
-        return self._parsing[1]
+        if self._parsing is None:
+            self._parsing = copy.copy(tokenizer)
+            self._parsing.response_template = tokenizer.tool_response_template
+        return self._parsing
