@@ -208,7 +208,7 @@ def test_a_malformed_call_stays_text(tokenizer, reply):
     text, found = read(tokenizer, f"Thought: hm\n{reply}<eoa>")
     rest = "".join(f"\nAction: {name}\nAction Input: {given}" for name, given in found)
     assert text + rest == f"Thought: hm\n{reply}"
-    assert bool(found) == (reply in ('Action: a\nAction: b\nAction Input: {"a": 1}',))
+    assert bool(found) == reply.endswith('\nAction: b\nAction Input: {"a": 1}')
 
 
 @pytest.mark.parametrize("name", NO_JSON)

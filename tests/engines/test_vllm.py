@@ -149,6 +149,7 @@ def parsed(reply: str, size: int | None = None) -> tuple[str, list[tuple[str, di
     parser = InternLMToolParser(None)
     if size is None:
         found = parser.extract_tool_calls(reply, None)
+        assert found.tools_called == bool(found.tool_calls) and found.content != ""
         return found.content or "", [
             (call.function.name, json.loads(call.function.arguments)) for call in found.tool_calls
         ]
@@ -184,3 +185,8 @@ def test_text_is_streamed_as_it_comes():
         expected = {"\n": None, "Act": None, "ive": "\nActive", "\nAction": None, ": a": None}.get(piece, piece)
         assert (delta and delta.content) == (None if piece.endswith("{}") else expected), piece
     assert parser.finish_streaming().tool_calls[0].function.name == "a"
+
+
+def test_arguments_are_readable():
+    found = InternLMToolParser(None).extract_tool_calls('Action: a\nAction Input: {"x": "河流"}', None)
+    assert found.tool_calls[0].function.arguments == '{"x": "河流"}'

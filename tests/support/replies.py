@@ -33,6 +33,7 @@ MALFORMED = (
     'Action: a\nAction Input: {"a": 1}\nAction Input: {"a": 1}',
     'Action: a\nAction Input: {"a": 1}\nResponse: 3',
     'Action: a\nAction: b\nAction Input: {"a": 1}',
+    'Action Input: {}\nAction: b\nAction Input: {"a": 1}',
 )
 NO_JSON = {
     "NaN": '{"a": NaN}',
