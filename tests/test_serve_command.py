@@ -19,8 +19,9 @@ def chat_20b(tmp_path):
     return tmp_path
 
 
-def test_vllm_gets_a_short_name_and_the_users_options_last(chat_20b):
-    arguments = vllm_server.arguments(str(chat_20b), None, ["--host", "0.0.0.0", "--api-key", "k"])
+def test_vllm_gets_a_short_name_and_the_users_options_last(chat_20b, monkeypatch):
+    monkeypatch.chdir(chat_20b)
+    arguments = vllm_server.arguments(".", None, ["--host", "0.0.0.0", "--api-key", "k"])
     assert arguments[arguments.index("--served-model-name") + 1] == chat_20b.name
     assert arguments[-4:] == ["--host", "0.0.0.0", "--api-key", "k"] and "127.0.0.1" in arguments
     assert not {"--hf-overrides", "--max-model-len"} & set(arguments)

@@ -72,7 +72,7 @@ def test_refusals_say_why(client):
     question = [{"role": "user", "content": "Hi"}]
     calls = [{"id": "1", "type": "function", "function": {"name": "a", "arguments": "{"}}]
     for settings, message in (
-        ({"n": 2}, "n is not supported here; it is by `make serve ENGINE=vllm`."),
+        ({"n": 2}, "This engine does not support n; `make serve ENGINE=vllm` does."),
         ({"messages": []}, "messages must be a list with at least one message."),
         ({"temperature": -1}, "ValueError: `temperature` (=-1.0) has to be a strictly positive float"),
         ({"messages": [{"role": "assistant", "tool_calls": calls}, *question]}, "JSONDecodeError: Expecting"),

@@ -65,7 +65,7 @@ class _Handler(BaseHandler):
         super()._validate_request(body)
         for field, harmless in IGNORED.items():
             if body.get(field) is not None and not harmless(body[field]):
-                raise HTTPException(400, f"{field} is not supported here; it is by `make serve ENGINE=vllm`.")
+                raise HTTPException(400, f"This engine does not support {field}; `make serve ENGINE=vllm` does.")
 
     def _build_generation_config(self, body: dict[str, Any], *others: Any, **named: Any) -> Any:
         """The library sets the temperature, but samples only if the model's generation_config.json says so."""
@@ -133,5 +133,5 @@ class Chat(_Handler, chat_completion.ChatCompletionHandler):
     def _that_parses(self, tokenizer: Any) -> Any:
         if self._parsing is None:
             self._parsing = copy.copy(tokenizer)
-            self._parsing.response_template = tokenizer.tool_response_template
+            self._parsing.response_template = getattr(tokenizer, "tool_response_template", None)  # None: another's
         return self._parsing

@@ -43,7 +43,7 @@ def serve(name: str, context: int | None, options: list[str]) -> None:
 def arguments(name: str, context: int | None, options: list[str]) -> list[str]:
     """The arguments of vLLM's server; see serve()."""
     given = [
-        *("--model", name, "--served-model-name", Path(name).name if Path(name).is_dir() else name),
+        *("--model", name, "--served-model-name", Path(name).resolve().name if Path(name).is_dir() else name),
         *("--trust-remote-code", "--model-impl", "transformers", "--host", "127.0.0.1"),
         *("--enable-auto-tool-choice", "--tool-call-parser", "internlm", "--tool-parser-plugin", str(TOOL_PARSER)),
     ]
