@@ -16,22 +16,22 @@ def test_under_load(tiny_dir, tiny_model, tiny_tokenizer, tmp_path):
 
     Too short to measure memory growth: `make reliability-serving` does.
     """
-    log, requests = tmp_path / "log.txt", load.requests_of(tiny_tokenizer, 30)
+    log, requests = tmp_path / "log.txt", load.requests_of(tiny_tokenizer, 20)
     with server_of(load.command_of(tiny_dir), log, 240, os.environ | VLLM_ENVIRONMENT) as (server, url):
         clients = load.Clients(url, tiny_dir.name, requests)
         clients.ask_alone()
         answers = [answer.ids for answer in clients.expected]
         assert answers == [load.greedy(tiny_model, request) for request in requests]
 
-        outcome = clients.load(16, 15)
+        outcome = clients.load(16, 10)
         assert not outcome.failures and not outcome.different, outcome
-        assert outcome.equal > 100 and len(outcome.dropped) == 2 and len(outcome.refused) > 15, outcome
+        assert outcome.equal > 50 and len(outcome.dropped) == 2 and len(outcome.refused) > 10, outcome
         assert set(clients.left().values()) == {0.0}
 
         # A wrong answer would be noticed: here, that to another request.
         clients.expected[-1], clients.expected[-2] = clients.expected[-2:]
         wrong = clients.load(16, 2).different
-        assert {number for number, _ in wrong} == {28, 29}
+        assert {number for number, _ in wrong} == {18, 19}
         number, answer = wrong[0]
         assert "has the logit" in load.distance(tiny_model, requests[number], answer.ids, clients.expected[number].ids)
 

@@ -33,7 +33,6 @@ DROPPED, RUBBISH = 0.2, 0.1  # shares of the requests
 PATIENCE = httpx2.Timeout(60)
 # Seconds from SIGTERM to the exit of the last process: 30 for waiting requests (tools/serving/vllm_server.py), and 10.
 STOPPED = 40
-FLAT = 4096
 
 
 def command_of(folder: Path) -> list[str]:
@@ -164,17 +163,18 @@ class Outcome:
     failures: Counter = field(default_factory=Counter)  # whatever should not have been
     tokens: int = 0
     seconds: float = 0.0
-    memory: list[tuple[float, int, int]] = field(default_factory=list)  # seconds, bytes, requests so far
+    # (seconds, requests so far, bytes of the processes that hold requests, bytes of those that compute)
+    memory: list[tuple[float, int, int, int]] = field(default_factory=list)
 
     @property
     def total(self) -> int:
         counters = self.dropped.total() + self.refused.total() + self.failures.total()
         return self.equal + len(self.different) + counters
 
-    def growth(self, warm: float) -> tuple[float, float]:
+    def growth(self, warm: float, workers: bool) -> tuple[float, float]:
         """The memory's growth after `warm` seconds, (MB per minute, bytes per request): slopes of fitted lines."""
-        seconds, memory, requests = np.array([row for row in self.memory if row[0] >= warm], dtype=float).T
-        per_second, per_request = (np.polyfit(axis, memory, 1)[0] for axis in (seconds, requests))
+        rows = np.array([row for row in self.memory if row[0] >= warm], dtype=float)
+        per_second, per_request = (np.polyfit(rows[:, axis], rows[:, 3 if workers else 2], 1)[0] for axis in (0, 1))
         return float(per_second * 60 / 1e6), float(per_request)
 
 
@@ -329,10 +329,17 @@ async def _watch(server: psutil.Process | None, outcome: Outcome, start: float, 
     with tqdm(total=round(seconds), desc="load", unit="s", disable=None) as bar:
         while (passed := time.monotonic() - start) < seconds:
             if server:
-                memory = sum(process.memory_info().rss for process in (server, *server.children(recursive=True)))
-                outcome.memory.append((passed, memory, outcome.total))
+                outcome.memory.append((passed, outcome.total, *_resident(server)))
             await asyncio.sleep(1)
             bar.update(1)
+
+
+def _resident(server: psutil.Process) -> tuple[int, int]:
+    """The resident bytes of vLLM's server and engine, which hold the requests, and of its workers, which compute."""
+    sizes = {False: 0, True: 0}
+    for process in (server, *server.children(recursive=True)):
+        sizes[process.name().startswith("VLLM::Worker")] += process.memory_info().rss
+    return sizes[False], sizes[True]
 
 
 def greedy(model: Any, request: Request) -> list[int]:
