@@ -9,10 +9,10 @@ export PYTHONUNBUFFERED := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo chat web test serve quality style test-gpu test-evaluation test-ecosystem test-web test-vllm test-llamacpp matrix mutation bench bench-llamacpp tiny long-context reliability
+.PHONY: help demo chat web test serve quality style test-gpu test-evaluation test-ecosystem test-web test-vllm test-llamacpp matrix mutation bench bench-llamacpp tiny long-context reliability reliability-serving
 
 help: ## show this list
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 18
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 22
 
 # One environment, to which each target adds what it needs.
 $(VENV)/running: requirements.txt
@@ -135,6 +135,9 @@ long-context: $(VENV)/installed ## measure loss and recall at 1 to 4 windows: do
 reliability: $(VENV)/installed ## run fuzzing, concurrency, kill -9 and soak tests at full length: docs/reliability.md
 	$(BIN)/python -m pytest -q -m slow -n 2
 	$(BIN)/python tests/reliability.py
+
+reliability-serving: .venvs/vllm/installed ## run vLLM's server under 64 clients for 5 minutes: docs/reliability.md
+	.venvs/vllm/bin/python tests/reliability_serving.py $$ARGS
 
 tiny: $(VENV)/installed ## retrain checkpoints/tiny (about an hour)
 	$(BIN)/python tools/train_tiny.py

@@ -31,7 +31,7 @@ from support.paths import TINY
 
 # Tests that need the packages of a separate environment, and the marker that selects them there.
 OWN_ENVIRONMENTS = {"ecosystem": "ecosystem", "test_web.py": "web"}
-OWN_ENVIRONMENTS |= {"test_vllm.py": "vllm", "test_llamacpp.py": "llamacpp"}
+OWN_ENVIRONMENTS |= {"test_vllm.py": "vllm", "test_vllm_load.py": "vllm", "test_llamacpp.py": "llamacpp"}
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:

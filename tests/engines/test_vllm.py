@@ -18,7 +18,7 @@ from tools.serving import vllm_server
 from tools.serving.vllm_tool_parser import InternLMToolParser
 
 from support import expectations
-from support.openai_server import client_of, stop
+from support.openai_server import VLLM_ENVIRONMENT, client_of, stop
 from support.replies import MALFORMED, NO_JSON, WELL_FORMED
 
 
@@ -26,7 +26,7 @@ pytestmark = [pytest.mark.vllm, pytest.mark.timeout(400)]
 
 PROMPTS = ("Coming to the beautiful nature, we found", "来到美丽的大自然，我们发现")
 WINDOW, CONTEXT = 256, 1024
-ENVIRONMENT = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+ENVIRONMENT = os.environ | VLLM_ENVIRONMENT
 # Reads prompts from argv[2] and settings from argv[3]; prints the error for a larger max_model_len, and a result for
 # each prompt, as JSON.
 OFFLINE = """

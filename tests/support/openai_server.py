@@ -9,10 +9,11 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import openai
-import pytest
-
 from support.paths import ROOT
+
+
+# vLLM, its statistics aside. On a CPU it takes this many GiB for keys and values, and fills them when it starts.
+VLLM_ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
 
 
 def stop(process: subprocess.Popen) -> None:
@@ -28,11 +29,16 @@ def stop(process: subprocess.Popen) -> None:
 
 
 @contextlib.contextmanager
-def client_of(command: list[str], log: Path, patience: float, environment: dict | None = None) -> Iterator:
-    """Start the server `command` on a free local port, yield a client once it listens, and stop it at the end.
+def server_of(
+    command: list[str], log: Path, patience: float, environment: dict | None = None
+) -> Iterator[tuple[subprocess.Popen, str]]:
+    """Start the server `command` on a free local port, yield (process, URL) once it listens, and stop it at the end.
 
     Args:
-        log: file for the server's output, shown if it does not listen within `patience` seconds.
+        log: file for the server's output.
+
+    Raises:
+        RuntimeError: it does not listen within `patience` seconds. The message is its output.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -50,8 +56,19 @@ def client_of(command: list[str], log: Path, patience: float, environment: dict 
                     break
             time.sleep(0.2)
         else:
-            pytest.fail(log.read_text())
-        with openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", timeout=120) as client:
-            yield client
+            raise RuntimeError(log.read_text())
+        yield server, f"http://127.0.0.1:{port}/v1"
     finally:
         stop(server)
+
+
+@contextlib.contextmanager
+def client_of(command: list[str], log: Path, patience: float, environment: dict | None = None) -> Iterator:
+    """An openai client of a server that runs meanwhile; see server_of()."""
+    import openai  # missing where only the servers themselves are used
+
+    with (
+        server_of(command, log, patience, environment) as (_, url),
+        openai.OpenAI(base_url=url, api_key="none", timeout=120) as client,
+    ):
+        yield client

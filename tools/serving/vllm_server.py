@@ -45,6 +45,9 @@ def arguments(name: str, context: int | None, options: list[str]) -> list[str]:
     given = [
         *("--model", name, "--served-model-name", Path(name).resolve().name if Path(name).is_dir() else name),
         *("--trust-remote-code", "--model-impl", "transformers", "--host", "127.0.0.1"),
+        # After SIGTERM, requests have these seconds to be answered. vLLM's default, none, kills the engine, and then
+        # neither says so to the clients nor exits before they close their connections.
+        *("--shutdown-timeout", "30"),
         *("--enable-auto-tool-choice", "--tool-call-parser", "internlm", "--tool-parser-plugin", str(TOOL_PARSER)),
     ]
     if context is not None:
