@@ -8,7 +8,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -27,8 +26,7 @@ pytestmark = [pytest.mark.vllm, pytest.mark.timeout(400)]
 PROMPTS = ("Coming to the beautiful nature, we found", "来到美丽的大自然，我们发现")
 WINDOW, CONTEXT = 256, 1024
 ENVIRONMENT = os.environ | VLLM_ENVIRONMENT
-# Reads prompts from argv[2] and settings from argv[3]; prints the error for a larger max_model_len, and a result for
-# each prompt, as JSON.
+# Reads prompts from argv[2]; prints the error for a larger max_model_len, and a result for each prompt, as JSON.
 OFFLINE = """
 import json, sys
 from vllm import LLM, SamplingParams
@@ -40,7 +38,7 @@ def attempt(call):
         return str(error)
 
 if __name__ == "__main__":
-    settings = {"trust_remote_code": True, "model_impl": "transformers", "dtype": "float32"} | json.loads(sys.argv[3])
+    settings = {"trust_remote_code": True, "model_impl": "transformers", "dtype": "float32"}
     refused = attempt(lambda: LLM(sys.argv[1], max_model_len=1024, **settings))
     llm = LLM(sys.argv[1], **settings)
     greedy = SamplingParams(temperature=0, max_tokens=24)
@@ -62,42 +60,26 @@ def long_text(tiny_model, tiny_tokenizer):
     return tiny_model.generate(ids, min_length=300, max_length=300, do_sample=False)[0].tolist()
 
 
-def offline(tiny_dir, prompts: list[list[int]], log: Path, **settings) -> tuple[str, list[list[int] | str]]:
-    """The error for a larger max_model_len, and for each prompt the tokens, or the error."""
-    command = [sys.executable, "-c", OFFLINE, str(tiny_dir), json.dumps(prompts), json.dumps(settings)]
-    environment = ENVIRONMENT | {"VLLM_CPU_OMP_THREADS_BIND": "0|1" if settings else "auto"}
-    with log.open("w+b") as file:
+def test_offline(tiny_dir, tiny_model, tiny_tokenizer, long_text, tmp_path):
+    """Same tokens inside the window, where generation ends; longer prompts and a larger max_model_len are refused."""
+    prompts = [*(tiny_tokenizer(prompt)["input_ids"] for prompt in PROMPTS), long_text[:246], long_text]
+    command = [sys.executable, "-c", OFFLINE, str(tiny_dir), json.dumps(prompts)]
+    with (tmp_path / "log.txt").open("w+b") as log:
         process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=file, env=environment, start_new_session=True
+            command, stdout=subprocess.PIPE, stderr=log, env=ENVIRONMENT, start_new_session=True
         )
         try:
             output = process.communicate(timeout=300)[0].decode()
         finally:
             stop(process)
-        file.seek(0)
-        assert process.returncode == 0, file.read().decode()
+        log.seek(0)
+        assert process.returncode == 0, log.read().decode()
     results = [line for line in output.splitlines() if line.startswith("RESULT ")]
-    refused, *answers = json.loads(results[0].removeprefix("RESULT "))
-    return refused, answers
-
-
-def test_offline(tiny_dir, tiny_model, tiny_tokenizer, long_text, tmp_path):
-    """Same tokens inside the window, where generation ends; longer prompts and a larger max_model_len are refused."""
-    prompts = [*(tiny_tokenizer(prompt)["input_ids"] for prompt in PROMPTS), long_text[:246], long_text]
-    refused, (first, second, edge, beyond) = offline(tiny_dir, prompts, tmp_path / "log.txt")
+    refused, first, second, edge, beyond = json.loads(results[0].removeprefix("RESULT "))
     assert "max_model_len" in refused and str(WINDOW) in refused
     assert [first, second] == [greedy(tiny_model, ids) for ids in prompts[:2]]
     assert edge == greedy(tiny_model, prompts[2], WINDOW - 246)
     assert isinstance(beyond, str) and str(WINDOW) in beyond
-
-
-@pytest.mark.skipif(os.cpu_count() == 1, reason="a core for each process")
-def test_two_processes(tiny_dir, tiny_model, tiny_tokenizer, tmp_path):
-    """Tensor parallel: each process has half of every matrix, and the tokens are the same."""
-    prompts = [tiny_tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
-    settings = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp", "enforce_eager": True}
-    _, answers = offline(tiny_dir, prompts, tmp_path / "log.txt", **settings)
-    assert answers == [greedy(tiny_model, ids) for ids in prompts]
 
 
 @pytest.fixture(scope="module")
@@ -111,12 +93,13 @@ def fixed(tiny_dir):
 
 @pytest.fixture(scope="module")
 def client(tiny_dir, tmp_path_factory):
-    """A client of `make serve ENGINE=vllm`, with a key, that runs for this module."""
+    """A client of `make serve ENGINE=vllm`, with a key, by two processes that share every matrix (tensor parallel)."""
     command = [sys.executable, "examples/serve.py", "--engine", "vllm", "--model", str(tiny_dir), "--api-key", "none"]
-    command += ["--context", str(CONTEXT), "--dtype", "float32", "--enforce-eager"]
+    command += ["--context", str(CONTEXT), "--dtype", "float32", "--enforce-eager", "--tensor-parallel-size", "2"]
     # Where JSON may contain spaces, the tiny model writes them for ever.
     command += ["--structured-outputs-config", '{"backend": "xgrammar", "disable_any_whitespace": true}']
-    with client_of(command, tmp_path_factory.mktemp("vllm") / "log.txt", 240, ENVIRONMENT) as client:
+    environment = ENVIRONMENT | {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
+    with client_of(command, tmp_path_factory.mktemp("vllm") / "log.txt", 240, environment) as client:
         yield client
 
 
