@@ -433,6 +433,7 @@ class InternLMTokenizer(PreTrainedTokenizerFast):
         return result
 
     parse_tool_calls = staticmethod(parse_tool_calls)
+    # Not as response_template: given that, the pipeline leaves </s> at the end of plain completions (5.24).
     tool_response_template = RESPONSE_TEMPLATE
 
     def _hide_controls(self, guard: ChatGuard, texts: list[str], sanitize: bool) -> tuple[list[str], Any]:
