@@ -26,11 +26,7 @@ import upload_to_hub
 from support import fuzzing, stress
 from support.paths import TINY
 from support.processes import kill_at_random
-
-
-def _check(line: str, passed: bool) -> bool:
-    print(f"{'ok  ' if passed else 'FAIL'} {line}", flush=True)
-    return passed
+from support.report import check
 
 
 def report_fuzzing(tiny: Path, scratch: Path, inputs: int) -> bool:
@@ -40,23 +36,23 @@ def report_fuzzing(tiny: Path, scratch: Path, inputs: int) -> bool:
         outcomes = getattr(fuzzing, f"fuzz_{name}")(tiny, scratch / f"fuzz-{name}", inputs)
         grown = (psutil.Process().memory_info().rss - before) / 1e6
         text = f"{name}: {outcomes.total()} inputs, {dict(outcomes)}, memory {grown:+.0f} MB"
-        passed &= _check(f"{text}, {time.perf_counter() - start:.0f} s", grown < 500)
+        passed &= check(f"{text}, {time.perf_counter() - start:.0f} s", grown < 500)
     return passed
 
 
 def report_soak(model: Any, generations: int) -> bool:
     equal, slope, megabytes = stress.soak(model, generations)
     text = f"{equal} of {generations} outputs unchanged, {slope:+.0f} bytes per generation, {megabytes:.0f} MB"
-    return _check(f"soak: {text}", equal == generations and slope < 1024)
+    return check(f"soak: {text}", equal == generations and slope < 1024)
 
 
 def report_concurrency(model: Any, tiny: Path, home: Path, rounds: int) -> bool:
     equal, total = stress.generate_in_threads(model, rounds)
-    passed = _check(f"8 threads on one model: {equal} of {total} outputs as in a single thread", equal == total)
+    passed = check(f"8 threads on one model: {equal} of {total} outputs as in a single thread", equal == total)
     outputs = stress.load_in_processes(tiny, home)
     same = outputs.count(outputs[0])
     text = f"8 processes, one empty module cache: {same} output {outputs[0]}"
-    return passed & _check(text, same == 8 and "failed" not in outputs[0])
+    return passed & check(text, same == 8 and "failed" not in outputs[0])
 
 
 def report_kills(scratch: Path, points: int) -> bool:
@@ -66,7 +62,7 @@ def report_kills(scratch: Path, points: int) -> bool:
         found = kill_at_random(job, stress.old_checkpoint(folder / "source"), folder, points)
         text = f"killed {found['points']} times, {found['torn']} in the middle of a file"
         text = f"{job.__name__}: {text}; {found['equal']} of {found['reruns']} byte-equal after a rerun"
-        passed &= _check(text, found["equal"] == found["reruns"])
+        passed &= check(text, found["equal"] == found["reruns"])
     return passed
 
 

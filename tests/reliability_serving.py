@@ -26,17 +26,13 @@ import upload_to_hub
 from support import load
 from support.openai_server import VLLM_ENVIRONMENT, server_of
 from support.paths import TINY
+from support.report import check
 
 
 WARM = 60  # seconds, in which most caches fill
 # Bytes per request. The server and the engine hold the texts and ids of requests, several kB each. A worker holds keys
 # and values, 4096 bytes for each token of this model; its allocator still takes a little more for about eight minutes.
 LIMITS = {"server and engine": 1024, "worker": 4096}
-
-
-def _check(line: str, passed: bool) -> bool:
-    print(f"{'ok  ' if passed else 'FAIL'} {line}", flush=True)
-    return passed
 
 
 def report_alone(clients: load.Clients, model: Any) -> bool:
@@ -47,24 +43,24 @@ def report_alone(clients: load.Clients, model: Any) -> bool:
     for request, ours, theirs in apart[:5]:
         print(f"     {load.distance(model, request, ours, theirs)}")
     text = f"{len(pairs) - len(apart)} of {len(pairs)} answers have the tokens of transformers' generate"
-    return _check(f"one client: {text}", not apart)
+    return check(f"one client: {text}", not apart)
 
 
 def report_answers(clients: load.Clients, outcome: load.Outcome, model: Any) -> bool:
     answers = outcome.equal + len(outcome.different)
     text = f"{outcome.total} requests in {outcome.seconds:.0f} s, {outcome.tokens / outcome.seconds:.0f} tokens/s"
-    passed = _check(f"load: {text}; {outcome.equal} of {answers} answers as alone", answers == outcome.equal > 0)
+    passed = check(f"load: {text}; {outcome.equal} of {answers} answers as alone", answers == outcome.equal > 0)
     for number, answer in outcome.different[:5]:
         found = load.distance(model, clients.requests[number], clients.expected[number].ids, answer.ids)
         print(f"     request {number}: {found}")
     refused, unexpected = outcome.refused.total(), outcome.failures.total()
     text = f"{refused} requests of {len(outcome.refused)} kinds refused, {unexpected} unexpected answers"
-    passed &= _check(f"rubbish: {text}", refused > 0 and unexpected == 0)
+    passed &= check(f"rubbish: {text}", refused > 0 and unexpected == 0)
     for failure, count in outcome.failures.most_common(5):
         print(f"     {count} times {failure}")
     left = clients.left()
     text = f"{outcome.dropped.total()} {dict(outcome.dropped)}; left in the engine: {left}"
-    return passed & _check(f"dropped: {text}", outcome.dropped.total() > 0 and not any(left.values()))
+    return passed & check(f"dropped: {text}", outcome.dropped.total() > 0 and not any(left.values()))
 
 
 def report_memory(outcome: load.Outcome) -> bool:
@@ -77,7 +73,7 @@ def report_memory(outcome: load.Outcome) -> bool:
         text = (
             f"{minute:+.2f} MB per minute, {request:+.0f} bytes per request, {outcome.memory[-1][column] / 1e6:.0f} MB"
         )
-        passed &= _check(f"memory of {name}: {text}", request < limit)
+        passed &= check(f"memory of {name}: {text}", request < limit)
     return passed
 
 
@@ -85,7 +81,7 @@ def report_end(ending: load.Ending) -> bool:
     text = f"exit code {ending.code} after {ending.seconds:.1f} s, processes left: {ending.left}"
     text += f", {ending.seen.total()} waiting clients: {dict(ending.seen)}"
     passed = ending.code == 0 and not ending.left and ending.seconds < load.STOPPED
-    return _check(f"SIGTERM: {text}", passed and set(ending.seen) == {"as alone"})
+    return check(f"SIGTERM: {text}", passed and set(ending.seen) == {"as alone"})
 
 
 def main(seconds: float, clients: int) -> int:
@@ -105,7 +101,7 @@ def main(seconds: float, clients: int) -> int:
         outcome = pool.load(clients, seconds, psutil.Process(server.pid))
         passed += [report_answers(pool, outcome, model), report_memory(outcome)]
         tracebacks = log.read_text(encoding="utf-8", errors="replace").count("Traceback")
-        passed += [_check(f"log: {tracebacks} tracebacks", tracebacks == 0)]  # before the end: vLLM may log one then
+        passed += [check(f"log: {tracebacks} tracebacks", tracebacks == 0)]  # before the end: vLLM may log one then
         passed += [report_end(pool.terminate(server, clients))]
     shutil.rmtree(scratch)
     return 0 if all(passed) else 1
