@@ -152,6 +152,7 @@ def row_of(
     at_most: float | None = None,
     floor: float | None = None,
     floor_at_most: float | None = None,
+    limits: dict[str, tuple[float, float | None]] | None = None,
     **facts: Any,
 ) -> tuple[dict[str, Any], str]:
     """A row for the report and its printed line: the ratio `other` / first side, and the first side over its floor.
@@ -163,6 +164,7 @@ def row_of(
         at_least, at_most: Target of the ratio: one of them, or neither if the row has no target.
         floor: Minimum seconds that the hardware needs for the first side's work.
         floor_at_most: Target of first side / floor.
+        limits: Further numbers by name, each with its maximum, or None if it has no target.
         facts: Further fields of the row.
     """
     first = next(iter(timing.milliseconds))
@@ -185,6 +187,13 @@ def row_of(
         if floor_at_most is not None:
             verdicts.append(_verdict(over, over, over, None, floor_at_most))
             text += f" <= {floor_at_most:.2f} {verdicts[-1]:6s}"
+    for number, (value, maximum) in (limits or {}).items():
+        row.setdefault("limits", {})[number] = {"value": value, "at_most": maximum}
+        text += f" {number} {value:.5g}"
+        if maximum is not None:
+            verdicts.append(_verdict(value, value, value, None, maximum))
+            row["limits"][number]["verdict"] = verdicts[-1]
+            text += f" <= {maximum:.5g} {verdicts[-1]:6s}"
     row["verdict"] = max(verdicts, key=VERDICTS.index) if verdicts else None
     return row, text
 
