@@ -3,6 +3,7 @@
 import copy
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -113,6 +114,36 @@ def twins(shape: Shape, dtype: torch.dtype, device: str = "cpu") -> tuple[Intern
     return ours, sharing_weights(ours, LlamaForCausalLM, llama_config(shape))
 
 
+def plain_rotary(source: InternLMForCausalLM, shape: Shape) -> InternLMForCausalLM:
+    """The model with plain rotary on the same weights: what it would cost without the correction beyond the window."""
+    return sharing_weights(source, InternLMForCausalLM, our_config(shape, rotary="origin"))
+
+
+def quantize(*models: torch.nn.Module) -> float:
+    """Replace linear layers, but not the head, by bitsandbytes' of 4 bits (nf4), which the models share.
+
+    Returns:
+        How many bytes less each of them reads: a weight takes half a byte, and a block of 64 a scale in float32.
+    """
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    made: dict[int, Linear4bit] = {}
+    saved = 0.0
+    for model in models:
+        linears = [name for name, module in model.model.named_modules() if type(module) is torch.nn.Linear]
+        for name in linears:
+            linear, address = model.model.get_submodule(name), model.model.get_submodule(name).weight.data_ptr()
+            if address not in made:
+                weight, bias, kind = linear.weight, linear.bias, {"quant_type": "nf4"}
+                sizes = linear.in_features, linear.out_features, bias is not None
+                made[address] = Linear4bit(*sizes, compute_dtype=weight.dtype, device="meta", **kind)
+                made[address].weight = Params4bit(weight.data, requires_grad=False, **kind).to(weight.device)
+                made[address].bias = bias
+                saved += weight.numel() * (weight.dtype.itemsize - 0.5 - 4 / 64)
+            model.model.set_submodule(name, made[address])
+    return saved
+
+
 def shallow_twins(*models: torch.nn.Module, layers: int = 2) -> list[torch.nn.Module]:
     """Float32 copies of models with their first layers only; tensors that the models share are copied once.
 
@@ -170,12 +201,11 @@ def new_tokens(model: torch.nn.Module, batch: int, length: int) -> torch.Tensor:
     return torch.randint(3, model.config.vocab_size, (batch, length), generator=generator).to(model.device)
 
 
-def generate(model: torch.nn.Module, ids: torch.Tensor, tokens: int) -> torch.Tensor:
+def generate(model: torch.nn.Module, ids: torch.Tensor, tokens: int, **settings: Any) -> torch.Tensor:
     """`generate` as a user calls it: greedily, `tokens` new ones, with the model's default cache. Returns these."""
     model.generation_config.eos_token_id = None  # random weights may emit it anywhere
-    mask = torch.ones_like(ids)
-    output = model.generate(ids, attention_mask=mask, max_new_tokens=tokens, do_sample=False, pad_token_id=0)
-    return output[:, ids.shape[1] :]
+    settings = {"max_new_tokens": tokens, "do_sample": False, "pad_token_id": 0, **settings}
+    return model.generate(ids, attention_mask=torch.ones_like(ids), **settings)[:, ids.shape[1] :]
 
 
 def new_cache(model: torch.nn.Module, kind: str, length: int) -> Cache:
@@ -279,6 +309,20 @@ class Decoding:
         return (time.perf_counter() - start) / steps
 
 
+def capture(call: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
+    """A CUDA graph of `call`, which runs three times before, and the result that each replay writes."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = call()
+    return graph, result
+
+
 class Captured:
     """A forward over a static cache that is captured as a CUDA graph, without a compiler; every call replays it.
 
@@ -291,17 +335,8 @@ class Captured:
 
     def __init__(self, model: torch.nn.Module, context: Context) -> None:
         self.model, self.graph = model, None
-        if model.device.type != "cuda":
-            return
-        side, stream = Decoding(model, context), torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                side.step()
-        torch.cuda.current_stream().wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.output = model(input_ids=context.ids, **{CACHE: context.cache})
+        if model.device.type == "cuda":
+            self.graph, self.output = capture(partial(model, input_ids=context.ids, **{CACHE: context.cache}))
 
     def __call__(self, **arguments: Any) -> Any:
         if self.graph is None:
