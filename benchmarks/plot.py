@@ -149,27 +149,36 @@ def plot_long_context(result: dict, path: Path) -> None:
 
 
 GPU_LINES = [  # kind of row, side, line, colour, label
-    ("eager", "llama", "o--", COLOURS["other"], "Llama, forward"),
     ("generate", "llama", "o-", COLOURS["other"], "Llama, generate"),
-    ("captured", "llama", "o:", COLOURS["other"], "Llama, captured graph"),
-    ("eager", "ours", "s--", COLOURS["ours"], "ours, forward"),
+    ("eager", "ours", "s--", COLOURS["light"], "ours, eager forward"),
     ("generate", "ours", "s-", COLOURS["ours"], "ours, generate"),
-    ("captured", "ours", "s:", COLOURS["light"], "ours, captured graph"),
-    ("compiled", "ours", "^-", COLOURS["light"], "ours, compiled"),
+    ("compiled", "ours", "^:", COLOURS["ours"], "ours, torch.compile"),
+]
+GPU_BARS = [  # kind of row, side, label
+    ("step_kernels", "llama", "Llama, eager"),
+    ("step_kernels", "ours", "ours, eager"),
+    ("generate_kernels", "ours", "ours, generate"),
 ]
 
 
 def plot_gpu(result: dict, path: Path) -> None:
     """For each model at batch 1: decode time against context with the floor, and where the time of a step goes."""
     rows = [row for row in result["rows"] if row["batch"] == 1 and "ms" in row]  # a failed case has none
-    models = list(dict.fromkeys(row["model"] for row in rows))
+    lines_of = {kind for kind, *_ in GPU_LINES}
+    models = [  # a line needs two contexts
+        model
+        for model in dict.fromkeys(row["model"] for row in rows)
+        if len({row["context"] for row in rows if row["model"] == model and row["kind"] in lines_of}) > 1
+    ]
+    if not models:
+        print(f"{path.name}: skipped, no model was measured at two contexts")
+        return
     figure, all_axes = plt.subplots(len(models), 2, figsize=(11, 3.9 * len(models)), squeeze=False)
     for (lines, bars), model in zip(all_axes, models, strict=True):
         of_model = [row for row in rows if row["model"] == model]
-        _decode_lines(lines, of_model)
-        lines.set_title(f"{model}, bfloat16, batch 1: ms per token")
-        _device_bars(bars, [row for row in of_model if row["kind"] == "step_kernels"])
-        bars.set_title(f"{model}: where the time of an eager step goes")
+        _decode_lines(lines, [row for row in of_model if row["kind"] in lines_of])
+        lines.set_title(f"{model}, bfloat16, batch 1: decode")
+        _device_bars(bars, of_model)
     save(figure, result, path)
 
 
@@ -177,38 +186,43 @@ def _decode_lines(axes: Any, rows: list[dict]) -> None:
     for kind, side, style, colour, label in GPU_LINES:
         points = sorted((row["context"], row["ms"][side]) for row in rows if row["kind"] == kind)
         if points:
-            axes.plot(*zip(*points, strict=True), style, color=colour, label=label, markersize=4)
-    decode = {kind for kind, *_ in GPU_LINES}
-    floors = sorted({(row["context"], row["floor_ms"]) for row in rows if row["kind"] in decode})
-    if floors:
-        axes.plot(*zip(*floors, strict=True), "--", color=COLOURS["floor"], label="floor: bytes / copy bandwidth")
-        axes.set_xscale("log", base=2)
-        axes.set_xticks([context for context, _ in floors], [context for context, _ in floors])
-        axes.minorticks_off()
-        axes.legend(fontsize=7.5)
-    axes.set_ylim(bottom=0)
+            axes.plot(*zip(*points, strict=True), style, color=colour, label=label, markersize=5)
+    floors = sorted({(row["context"], row["floor_ms"]) for row in rows})
+    axes.plot(*zip(*floors, strict=True), "-", color=COLOURS["floor"], linewidth=1, label="floor: bytes / bandwidth")
+    axes.set_xscale("log", base=2)
+    axes.set_xticks([context for context, _ in floors], [f"{context:,}" for context, _ in floors])
+    axes.minorticks_off()
+    axes.margins(x=0.08)
+    axes.set_ylim(0, 1.45 * axes.dataLim.ymax)  # room for the legend above the lines
+    axes.legend(fontsize=7.5, ncols=2, loc="upper left")
     axes.set_xlabel("context (tokens)")
+    axes.set_ylabel("ms per token")
 
 
 def _device_bars(axes: Any, rows: list[dict]) -> None:
-    """The time of a step, in two parts: the device works, the device waits for Python."""
-    names, work, rest = [], [], []
-    for row in sorted(rows, key=lambda row: -row["context"]):
-        for side in ("llama", "ours"):
-            names.append(f"{'Llama' if side == 'llama' else side}, {row['context']}")
-            work.append(row["device_ms"][side])
-            rest.append(max(0.0, row["ms"][side] - row["device_ms"][side]))
-    axes.barh(names, work, color=COLOURS["ours"], height=0.6, label="the device works")
-    axes.barh(names, rest, left=work, color="#d9d9d9", height=0.6, label="it waits for Python")
-    for row in rows:
-        for side in ("llama", "ours"):
-            name = f"{'Llama' if side == 'llama' else side}, {row['context']}"
-            text = f" {row['count'][side]} {row['counted']}"
-            axes.text(max(row["ms"][side], row["device_ms"][side]), name, text, va="center", fontsize=7.5)
-    axes.margins(x=0.25)
-    axes.set_xlabel("ms")
-    if rows:
-        axes.legend(fontsize=7.5, loc="lower right")
+    """The time of a token in two parts: the device works, and the rest, in which it waits for Python and launches."""
+    bars = [
+        (f"{label}, {row['context']:,}", row["ms"][side], row["device_ms"][side], row["count"][side], row["counted"])
+        for context in sorted({row["context"] for row in rows}, reverse=True)
+        for kind, side, label in reversed(GPU_BARS)
+        for row in rows
+        if row["kind"] == kind and row["context"] == context
+    ]
+    if not bars:
+        axes.set_axis_off()
+        return
+    names, whole, work, counts, counted = zip(*bars, strict=True)
+    rest = [max(0.0, ms - device) for ms, device in zip(whole, work, strict=True)]
+    axes.barh(names, work, color=COLOURS["ours"], height=0.62, label="the device works")
+    axes.barh(names, rest, left=work, color="#d0d0d0", height=0.62, label="it waits: Python and launching")
+    for name, ms, device, count, unit in zip(names, whole, work, counts, counted, strict=True):
+        axes.text(max(ms, device), name, f"  {ms:.1f} ms, {count:,} {unit}", va="center", fontsize=7.5)
+    axes.set_title(f"{rows[0]['model']}: where the time of a token goes")
+    axes.set_xlim(0, 1.5 * max(*whole, *work))  # room for the text
+    axes.set_ylim(-0.6, len(bars) + 0.5)  # and for the legend
+    axes.grid(axis="y", visible=False)
+    axes.legend(fontsize=7.5, loc="upper right", ncols=2)
+    axes.set_xlabel("ms per token")
 
 
 def plot_loading(result: dict, path: Path) -> None:
