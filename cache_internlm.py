@@ -34,6 +34,7 @@ class GrowingLayer(DynamicLayer):
     def __init__(self, max_length: int | None = None) -> None:
         super().__init__()
         self.max_length = max_length
+        self.pinned = False  # whether somebody relies on the buffers' addresses
 
     # Whoever assigns them, as batch_select_indices does, takes them out of the buffers.
     @property
@@ -72,7 +73,8 @@ class GrowingLayer(DynamicLayer):
         return self._keys, self._values
 
     def reserve(self, length: int) -> None:
-        """Grow the buffers to at least `length` tokens, so that they stay where they are until they hold more."""
+        """Grow the buffers to at least `length` tokens. From then on they stay where they are until they hold more."""
+        self.pinned = True
         if self._key_buffer is None or self._key_buffer.shape[2] < length:
             self._keys, self._key_buffer = _grow(self._keys, length)
             self._values, self._value_buffer = _grow(self._values, length)
@@ -97,12 +99,12 @@ class GrowingLayer(DynamicLayer):
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """The library's, except that the reordered keys and values have spare room again."""
         if self.get_seq_length() > 0:
-            self._keys, self._key_buffer = _reorder(self._keys, self._key_buffer, beam_idx)
-            self._values, self._value_buffer = _reorder(self._values, self._value_buffer, beam_idx)
+            self._keys, self._key_buffer = _reorder(self._keys, self._key_buffer, beam_idx, self.pinned)
+            self._values, self._value_buffer = _reorder(self._values, self._value_buffer, beam_idx, self.pinned)
 
     def __getstate__(self) -> dict[str, Any]:
         # What a copy or a file gets: two layers must not append into one buffer, and spare room is not worth storing.
-        state = {**self.__dict__, "_key_buffer": None, "_value_buffer": None}
+        state = {**self.__dict__, "_key_buffer": None, "_value_buffer": None, "pinned": False}
         if self.is_initialized:
             state |= {"_keys": self._keys.clone(), "_values": self._values.clone()}
         return state
@@ -118,7 +120,12 @@ class GrowingCache(DynamicCache):
         max_length: Tokens that generation will reach at most, if known: the last buffers are exactly as long.
 
     The other arguments are the library's.
+
+    Attributes:
+        decoding: How it is decoded with (decoding_internlm.py), where `generate` made it; copies have none.
     """
+
+    decoding: Any = None
 
     def __init__(self, *args: Any, max_length: int | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -135,14 +142,16 @@ class GrowingCache(DynamicCache):
 
     def __deepcopy__(self, memo: dict) -> "GrowingCache":
         copied = memo[id(self)] = object.__new__(type(self))
-        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        copied.__dict__.update(copy.deepcopy({**self.__dict__, "decoding": None}, memo))
         return copied
 
     def __reduce__(self) -> tuple:
         # Pickled as a library cache, which another process can load without this module.
         kind = DynamicLayer if isinstance(self.layer_class_to_replicate, partial) else self.layer_class_to_replicate
         layers = [_library_layer(layer) for layer in self.layers]
-        return DynamicCache, (), {**self.__dict__, "layers": layers, "layer_class_to_replicate": kind}
+        state = {**self.__dict__, "layers": layers, "layer_class_to_replicate": kind}
+        state.pop("decoding", None)
+        return DynamicCache, (), state
 
 
 def default_cache(config: InternLMConfig, max_length: int | None = None) -> DynamicCache:
@@ -153,6 +162,12 @@ def default_cache(config: InternLMConfig, max_length: int | None = None) -> Dyna
     if torch.compiler.is_compiling():
         return DynamicCache(config=config)
     return GrowingCache(config=config, max_length=max_length)
+
+
+def room_for(length: int, max_length: int | None) -> int:
+    """How long buffers become that must hold `length` tokens."""
+    capacity = length + max(length // 8, _MIN_ROOM)
+    return capacity if max_length is None or length > max_length else min(capacity, max_length)
 
 
 def _library_layer(layer: Any) -> Any:
@@ -178,10 +193,7 @@ def _append(tensor: torch.Tensor, buffer: torch.Tensor | None, new: torch.Tensor
     length, added = tensor.shape[2], new.shape[2]
     end = length + added
     if buffer is None or buffer.shape[2] < end or (buffer.is_inference() and not torch.is_inference_mode_enabled()):
-        capacity = end + max(end // 8, _MIN_ROOM)
-        if max_length is not None and end <= max_length:
-            capacity = min(capacity, max_length)
-        _, buffer = _grow(tensor, capacity)
+        _, buffer = _grow(tensor, room_for(end, max_length))
     place = buffer.narrow(2, length, added)
     if place.shape != new.shape or place.dtype != new.dtype or place.device != new.device:
         return torch.cat((tensor, new), dim=2), None  # its promotion of dtypes, or its error
@@ -194,11 +206,13 @@ def _grow(tensor: torch.Tensor, capacity: int) -> Grown:
     return buffer.narrow(2, 0, tensor.shape[2]).copy_(tensor), buffer
 
 
-def _reorder(tensor: torch.Tensor, buffer: torch.Tensor | None, beam_idx: torch.Tensor) -> Grown:
-    """Rows `beam_idx` of `tensor`, with as much room as `buffer` has; copied once, as without a buffer."""
+def _reorder(tensor: torch.Tensor, buffer: torch.Tensor | None, beam_idx: torch.Tensor, pinned: bool) -> Grown:
+    """Rows `beam_idx` of `tensor`, with as much room as `buffer` has; copied once, as without a buffer, or twice."""
     beam_idx = beam_idx.to(tensor.device)
     if buffer is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return tensor.index_select(0, beam_idx), None
+    if pinned and beam_idx.shape[0] == tensor.shape[0]:
+        return tensor.copy_(tensor.index_select(0, beam_idx)), buffer
     reordered = _with_room(tensor, beam_idx.shape[0], buffer.shape[2])
     return torch.index_select(tensor, 0, beam_idx, out=reordered.narrow(2, 0, tensor.shape[2])), reordered
 

@@ -63,12 +63,18 @@ _CACHE_NEEDS_POSITIONS = _VERSION < (5, 4)
 _INPUTS_EMBEDS = "inputs_embeds" if _VERSION >= (5, 2) else "input_embeds"
 
 
+def is_exporting() -> bool:
+    """Whether a program is exported now. (torch 2.6 cannot tell; from 2.7.)"""
+    # Until 2.12 Dynamo takes the public function for true in every trace; 2.13 is the first where that was seen right.
+    return torch.compiler._is_exporting_flag if _TORCH_VERSION < (2, 13) else torch.compiler.is_exporting()
+
+
 def is_compiling() -> bool:
     """Whether torch.compile traces this call, to run it here and not to export it.
 
     False until torch 2.6, which cannot tell an export (is_exporting came with 2.7).
     """
-    return _TORCH_VERSION >= (2, 7) and torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+    return _TORCH_VERSION >= (2, 7) and torch.compiler.is_compiling() and not is_exporting()
 
 
 def is_fixed(size: int) -> bool:
@@ -80,7 +86,7 @@ def is_fixed(size: int) -> bool:
     if torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
         return False
     if torch.compiler.is_dynamo_compiling():
-        return _TORCH_VERSION < (2, 7) or not torch.compiler.is_exporting()
+        return _TORCH_VERSION < (2, 7) or not is_exporting()
     return not isinstance(size, torch.SymInt)
 
 
@@ -161,6 +167,7 @@ __all__ = [
     "causal_mask",
     "deprecate_past_key_values",
     "is_compiling",
+    "is_exporting",
     "is_fixed",
     "mask_sizes",
     "merge_with_config_defaults",

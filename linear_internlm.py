@@ -10,9 +10,10 @@ an adapter, a quantised, sharded or offloaded weight) is called as the module th
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -23,6 +24,8 @@ from .compat_internlm import is_compiling
 
 Linear = Callable[[Any, torch.Tensor], torch.Tensor]  # a layer and its input, (B, Q, in) -> (B, Q, out)
 
+# For more than these nothing is gained by one product, and its parts, which are not contiguous, cost more.
+_FEW_TOKENS = 64
 # A smaller weight has been read before a second core has started.
 _MIN_NUMEL = 2**17
 
@@ -44,6 +47,61 @@ def linear_for(states: torch.Tensor) -> Linear:
 
 def call(layer: Any, states: torch.Tensor) -> torch.Tensor:
     return layer(states)
+
+
+def call_together(linear: Linear, layers: tuple[nn.Linear, ...], states: torch.Tensor) -> Sequence[torch.Tensor]:
+    """The outputs of layers with the same input; as one product where `join_weights` has arranged their weights so."""
+    few = states.is_cuda and states.shape[:-1].numel() <= _FEW_TOKENS and linear is call
+    joined = _joined.get(layers[0]) if few and not torch.compiler.is_compiling() else None
+    if joined is None or torch.is_grad_enabled() or not joined.holds(layers):
+        return [linear(layer, states) for layer in layers]
+    return nn.functional.linear(states, joined.weight, joined.bias).split(joined.sizes, dim=-1)
+
+
+class _Joined:
+    """Weights, (out, in), and biases of several layers, one after another in memory."""
+
+    def __init__(self, layers: tuple[nn.Linear, ...]) -> None:
+        self.sizes = [layer.out_features for layer in layers]
+        self.weight = torch.cat([layer.weight.detach() for layer in layers])
+        self.bias = None if layers[0].bias is None else torch.cat([layer.bias.detach() for layer in layers])
+        self.addresses = []
+        for index, (layer, weight) in enumerate(zip(layers, self.weight.split(self.sizes), strict=True)):
+            # Through DLPack each part is a storage of its own. Parts of one storage are taken for tied weights by
+            # what saves them (accelerate keeps the first only).
+            layer.weight.data = torch.from_dlpack(weight)
+            if self.bias is not None and layer.bias is not None:
+                layer.bias.data = torch.from_dlpack(self.bias.split(self.sizes)[index])
+            self.addresses.append(_address(layer))
+
+    def holds(self, layers: tuple[nn.Linear, ...]) -> bool:
+        """Whether the layers still have these weights, and calling them is a product and nothing else."""
+        return all(_is_plain(layer) for layer in layers) and [_address(layer) for layer in layers] == self.addresses
+
+
+def _address(layer: nn.Linear) -> tuple[int, int]:
+    return layer.weight.data_ptr(), 0 if layer.bias is None else layer.bias.data_ptr()
+
+
+# By the first of the layers.
+_joined: WeakKeyDictionary[nn.Module, _Joined] = WeakKeyDictionary()
+
+
+def join_weights(model: Any) -> None:
+    """Place each layer's weights of q_proj, k_proj and v_proj in one block of memory, and of gate_proj and up_proj.
+
+    One token then takes two products where it took five, and a large product reads its weight at a higher share of the
+    bandwidth. Parameters, their names and what is saved stay the same; each layer's weights are copied once.
+    """
+    for layer in model.model.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        for layers in ((attention.q_proj, attention.k_proj, attention.v_proj), (mlp.gate_proj, mlp.up_proj)):
+            joined = _joined.get(layers[0])
+            alike = len({(one.weight.dtype, one.weight.device, one.bias is None) for one in layers}) == 1
+            if layers[0].weight.is_cuda and alike and (joined is None or not joined.holds(layers)):
+                _joined.pop(layers[0], None)
+                _joined[layers[0]] = _Joined(layers)
+                torch.cuda.empty_cache()  # or the old blocks, which are too small for the next, would stay reserved
 
 
 def _written_out(layer: Any, states: torch.Tensor) -> torch.Tensor:

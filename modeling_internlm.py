@@ -38,7 +38,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.utils.generic import can_return_tuple
 
 from .batching_internlm import InternLMBatchingMixin
-from .cache_internlm import default_cache
+from .cache_internlm import GrowingCache, default_cache
 from .chat_internlm import InternLMChatMixin, refuse_chat
 from .checks_internlm import (
     check_finite,
@@ -62,9 +62,11 @@ from .compat_internlm import (
     update_cache,
 )
 from .configuration_internlm import InternLMConfig
-from .linear_internlm import Linear, call, linear_for
+from .decoding_internlm import Decoding
+from .kernels_internlm import warn_if_missing
+from .linear_internlm import Linear, call, call_together, linear_for
 from .positions_internlm import is_dense, new_positions
-from .rotary_internlm import attend, corrected_attention, rotary_tables, rotate
+from .rotary_internlm import attend, corrected_attention, rotary_tables, rotate_new
 
 
 # The loss is computed for at most this many elements of the logits at a time: 128 MB in float32.
@@ -99,7 +101,7 @@ class InternLMMLP(nn.Module):
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, hidden_states: torch.Tensor, linear: Linear = call) -> torch.Tensor:
-        gate, up = linear(self.gate_proj, hidden_states), linear(self.up_proj, hidden_states)
+        gate, up = call_together(linear, (self.gate_proj, self.up_proj), hidden_states)
         return linear(self.down_proj, self.act_fn(gate) * up)
 
 
@@ -146,14 +148,10 @@ class InternLMAttention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         cos, sin, corrections, cache_position = position_embeddings
         input_shape = hidden_states.shape[:-1]
-        queries, keys = linear(self.q_proj, hidden_states), linear(self.k_proj, hidden_states)  # (B, Q, E)
-        if input_shape[-1] == 1:  # rotated together: for one token the number of operations is what costs
-            both = torch.cat((queries, keys), dim=-1).view(input_shape[0], -1, 1, self.head_dim)
-            queries, keys = rotate(both, cos, sin).chunk(2, dim=1)  # (B, H, Q, D)
-        else:
-            queries = rotate(queries.view(*input_shape, -1, self.head_dim).transpose(1, 2), cos, sin)
-            keys = rotate(keys.view(*input_shape, -1, self.head_dim).transpose(1, 2), cos, sin)
-        values = linear(self.v_proj, hidden_states).view(*input_shape, -1, self.head_dim).transpose(1, 2)
+        projections = call_together(linear, (self.q_proj, self.k_proj, self.v_proj), hidden_states)  # (B, Q, E)
+        states = [output.view(*input_shape, -1, self.head_dim).transpose(1, 2) for output in projections]
+        queries, keys, corrected_keys = rotate_new(states[0], states[1], cos, sin, corrections)
+        values = states[2]  # all of them (B, H, Q, D)
         if cache is not None:
             keys, values = update_cache(cache, keys, values, self.layer_idx, cache_position, kwargs)  # (B, H, K, D)
 
@@ -162,15 +160,14 @@ class InternLMAttention(nn.Module):
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             attn_implementation, eager_attention_forward
         )
+        if corrected_keys is not None:
+            keys, corrections = corrected_keys, []
+        arguments = self, queries, keys, values, attention_mask
+        kwargs |= {"dropout": 0.0, "scaling": self.scaling}
         if corrections:
-            states = queries, keys, values, attention_mask
-            output, weights = corrected_attention(
-                attention_interface, self, *states, corrections, dropout=0.0, scaling=self.scaling, **kwargs
-            )
+            output, weights = corrected_attention(attention_interface, *arguments, corrections, **kwargs)
         else:
-            output, weights = attention_interface(
-                self, queries, keys, values, attention_mask, dropout=0.0, scaling=self.scaling, **kwargs
-            )
+            output, weights = attention_interface(*arguments, **kwargs)
         return linear(self.o_proj, output.reshape(*input_shape, -1)), weights
 
 
@@ -277,6 +274,7 @@ class InternLMModel(InternLMPreTrainedModel):
         positions = new_positions(
             inputs_embeds, attention_mask, position_ids, library_cache, kwargs.pop("cache_position", None)
         )
+        warn_if_missing(inputs_embeds)
         warn_far_beyond_window(self, positions.key_offset + positions.key_length)
         mask = None
         if not self._sees_all_keys(inputs_embeds, attention_mask, library_cache):
@@ -389,13 +387,20 @@ class InternLMForCausalLM(InternLMBatchingMixin, InternLMPreTrainedModel, Intern
 
         The other arguments are `InternLMModel.forward`'s.
         """
+        past = past_key_values if cache is None else cache
+        decoding = getattr(past, "decoding", None)
+        if decoding is not None and inputs_embeds is None and labels is None:
+            logits = decoding.logits(past, input_ids, attention_mask, position_ids, kwargs)
+            if logits is not None:
+                captured: dict[str, Any] = {"logits": logits, CACHE: past}
+                return CausalLMOutputWithPast(**captured)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
-            cache=past_key_values if cache is None else cache,
+            cache=past,
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -425,7 +430,11 @@ class InternLMForCausalLM(InternLMBatchingMixin, InternLMPreTrainedModel, Intern
         made = model_kwargs.get(CACHE)  # 5.0 makes none and leaves that to the forward, which knows no length
         plain = generation_config.use_cache if made is None else type(made) is DynamicCache and not made.offloading
         if passed is None and plain:
-            model_kwargs[CACHE] = default_cache(self.config, generation_config.max_length - 1)
+            cache = model_kwargs[CACHE] = default_cache(self.config, generation_config.max_length - 1)
+            if isinstance(cache, GrowingCache) and not generation_config.disable_compile:
+                cache.decoding = Decoding(self)
+        elif isinstance(passed, GrowingCache):
+            passed.decoding = None
         return result
 
 

@@ -90,6 +90,29 @@ def seen_keys(mask: Any, queries: int, keys: int, device: torch.device) -> torch
     return seen if seen.dtype == torch.bool else seen >= 0
 
 
+class SeenKeys(NamedTuple):
+    """Which keys the new token of each row sees.
+
+    Attributes:
+        rows: Index of the first key, one past the last, and whether any between them is masked, (B or 1, 3), int32.
+        distances: How many visible keys follow each key, (B or 1, K), int32; -1 where it is masked.
+    """
+
+    rows: torch.Tensor
+    distances: torch.Tensor
+
+
+def seen_keys_of(seen: torch.Tensor) -> SeenKeys:
+    """`SeenKeys` of a boolean mask, (B or 1, K)."""
+    keys = seen.shape[-1]
+    ranks = seen.cumsum(-1, dtype=torch.int32)
+    count = ranks[:, -1:]
+    first = (ranks == 0).sum(-1, keepdim=True)
+    end = keys - (ranks == count).sum(-1, keepdim=True) + 1
+    rows = torch.cat((first, end, end - first != count), dim=-1).int()
+    return SeenKeys(rows, torch.where(seen, count - ranks, -1))
+
+
 def additive_mask(mask: Any, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
     """A BlockMask as a tensor that is added to scores, (B or 1, 1, Q, K); a tensor as it is."""
     if not isinstance(mask, BlockMask):

@@ -23,26 +23,42 @@ Shapes: B batch, Q new tokens, K keys including the new ones, H heads, D head_di
 """
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
 
 from .compat_internlm import is_fixed
 from .configuration_internlm import InternLMConfig
+from .kernels_internlm import read, rotate_, rotate_twice_, usable
 from .positions_internlm import (
     Positions,
+    SeenKeys,
     additive_mask,
     is_dense,
     packed_lengths,
     padded_positions,
     seen_keys,
+    seen_keys_of,
     sequences,
 )
 
 
 Tables = tuple[torch.Tensor, torch.Tensor]  # cosines and sines, (B or 1, 1, positions, D), for `rotate`
 Correction = tuple[Tables, Tables]  # of queries and of keys
+
+
+class KernelRead(NamedTuple):
+    """In the place of the only correction: one new token's attention is one kernel (kernels_internlm.py).
+
+    Attributes:
+        seen: Which keys each row sees.
+        tables: Cosines and sines of the correction by distance, (B or 1, K, D / 2), float32; None for no correction.
+    """
+
+    seen: SeenKeys
+    tables: tuple[torch.Tensor, torch.Tensor] | None
+
 
 # At most this many new tokens get a length L each, which costs one attention for each of them.
 _MAX_OWN_LENGTHS = 32
@@ -81,6 +97,37 @@ def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.
     return torch.addcmul(states * cos, states.roll((states.shape[-1] // 2,), -1), sin)
 
 
+def rotate_new(
+    queries: torch.Tensor, keys: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, corrections: list[Any]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Rotate queries and keys of the new tokens, (B, H, Q, D), as they come from their projections.
+
+    In place where the kernel is. Elsewhere one token's are rotated together: the number of operations is what costs.
+
+    Returns:
+        Queries and keys; and, where the kernel has made the correction as well, corrected keys for attention, to which
+        the queries then belong. It does for a prompt, whose queries and keys have the same tables.
+    """
+    if usable(queries) and not torch.compiler.is_compiling():
+        if corrections and not isinstance(corrections[0], KernelRead) and corrections[0][0] is corrections[0][1]:
+            return queries, keys, rotate_twice_(queries, keys, (cos, sin), corrections[0][0])
+        rotate_((queries, keys), cos, sin)
+        return queries, keys, None
+    if queries.shape[2] == 1:
+        both = rotate(torch.cat((queries, keys), dim=1), cos, sin)
+        return both[:, : queries.shape[1]], both[:, queries.shape[1] :], None
+    return rotate(queries, cos, sin), rotate(keys, cos, sin), None
+
+
+def _rotated(states: torch.Tensor, tables: Tables) -> torch.Tensor:
+    """A rotated copy."""
+    if not usable(states) or torch.compiler.is_compiling():
+        return rotate(states, *tables)
+    copied = states.clone()
+    rotate_((copied,), *tables)
+    return copied
+
+
 def rotary_tables(
     config: InternLMConfig,
     inputs_embeds: torch.Tensor,
@@ -88,7 +135,7 @@ def rotary_tables(
     attention_mask: Any,
     mask: Any,
     key_source: Literal["cache", "pages", "forward", "engine"],
-) -> tuple[torch.Tensor, torch.Tensor, list[Correction]]:
+) -> tuple[torch.Tensor, torch.Tensor, list[Any]]:
     """The tables of one forward, shared by all layers. Which branch is taken depends on shapes, never on values.
 
     Args:
@@ -101,20 +148,48 @@ def rotary_tables(
 
     Returns:
         Cosines and sines for new queries and keys, (B or 1, 1, Q, D), in the model's dtype; and the corrections: none
-        up to M, else one for all new tokens or one for each of them.
+        up to M, else one for all new tokens or one for each of them. Or a KernelRead, within M too where keys are
+        masked: attention functions for one query and a mask read all keys, at a fraction of a GPU's bandwidth.
     """
     inv_freq, corrections = trained_inv_freq(config, inputs_embeds.device), []
     length = mask.shape[-1] if key_source == "pages" else positions.key_offset + positions.key_length
-    if (
+    beyond = (
         config.rotary["type"] == "dynamic"
         and key_source != "engine"
         and not (is_fixed(length) and length <= config.max_position_embeddings)
-    ):
+    )
+    if (beyond or is_dense(mask)) and key_source == "cache" and _one_kernel_reads(config, inputs_embeds, mask):
+        corrections = [kernel_read(config, inputs_embeds, positions, mask, beyond)]
+    elif beyond:
         if key_source == "forward":
             inv_freq = inv_freq * ntk_log_ratio(config, packed_lengths(positions.new)[..., None]).exp()
         else:
             corrections = corrections_of(config, inputs_embeds, positions, attention_mask, mask, key_source == "pages")
     return *cos_sin(positions.new, inv_freq, inputs_embeds.dtype), corrections
+
+
+def _one_kernel_reads(config: InternLMConfig, inputs_embeds: torch.Tensor, mask: Any) -> bool:
+    if inputs_embeds.shape[1] != 1 or config._attn_implementation != "sdpa":
+        return False
+    return usable(inputs_embeds) and (mask is None or is_dense(mask))
+
+
+def kernel_read(
+    config: InternLMConfig, inputs_embeds: torch.Tensor, positions: Positions, mask: Any, corrected: bool
+) -> KernelRead:
+    """Which keys one new token sees, and the correction by their distances from it."""
+    device, keys = inputs_embeds.device, positions.key_length
+    if mask is None:
+        seen = torch.ones((1, keys), dtype=torch.bool, device=device)
+    else:
+        seen = seen_keys(mask, 1, keys, device)[:, 0]
+    tables = None
+    if corrected:
+        log_ratio = ntk_log_ratio(config, positions.new[..., None] + 1)  # (B or 1, 1, D / 2)
+        distances = torch.arange(keys, device=device, dtype=torch.float32)[:, None]
+        angles = distances * (trained_inv_freq(config, device) * log_ratio.expm1())
+        tables = angles.cos(), angles.sin()
+    return KernelRead(seen_keys_of(seen), tables)
 
 
 def corrections_of(
@@ -149,7 +224,8 @@ def corrections_of(
     keys = padded_positions(attention_mask, first + positions.key_length, device)[:, first:]
     cos, sin = tables(keys, length)
     if is_fixed(new) and new == positions.key_length:  # the first tokens: the same tables, not a copy
-        return [((cos, sin), (cos, sin))]
+        same = cos, sin
+        return [(same, same)]
     slots = positions.slots - first
     return [((cos.index_select(2, slots), sin.index_select(2, slots)), (cos, sin))]
 
@@ -161,7 +237,7 @@ def corrected_attention(
     keys: torch.Tensor,
     values: torch.Tensor,
     attention_mask: Any,
-    corrections: list[Correction],
+    corrections: list[Any],
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`attention_interface` on corrected queries, (B, H, Q, D), and keys, (B, H, K, D).
@@ -170,6 +246,8 @@ def corrected_attention(
         corrections: Of `rotary_tables`.
         kwargs: For `attention_interface`.
     """
+    if isinstance(corrections[0], KernelRead):
+        return read(queries, keys, values, *corrections[0], module.scaling), None
     if len(corrections) > 1:  # one for each new token
         results = []
         attention_mask = additive_mask(attention_mask, queries, keys)
@@ -180,13 +258,13 @@ def corrected_attention(
         outputs, weights = zip(*results, strict=True)
         return torch.cat(outputs, dim=1), None if weights[0] is None else torch.cat(weights, dim=2)
     of_queries, of_keys = corrections[0]
-    queries = rotate(queries, *of_queries)
+    queries = _rotated(queries, of_queries)
     # Not in float16, where a product of two elements can overflow although the score does not.
     single = queries.shape[2] == 1 and (queries.dtype != torch.float16 or torch.compiler.is_compiling())
     plain = attention_mask is None or isinstance(attention_mask, torch.Tensor)
     if single and plain and module.config._attn_implementation in ("eager", "sdpa", "flex_attention"):
         return attend(corrected_scores(queries, keys, *of_keys) * module.scaling, values, attention_mask)
-    return attention_interface(module, queries, rotate(keys, *of_keys), values, attention_mask, **kwargs)
+    return attention_interface(module, queries, _rotated(keys, of_keys), values, attention_mask, **kwargs)
 
 
 def corrected_scores(queries: torch.Tensor, keys: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

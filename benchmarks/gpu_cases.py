@@ -45,20 +45,22 @@ MAIN = [
     *(Case(kind, 1, thousands) for kind in ("generate", "eager") for thousands in (1, 16)),
     Case("read", 1, 4, 64),
     Case("read", 1, 16),
-    *(Case(kind, 1, thousands) for kind in ("step_kernels", "generate_kernels") for thousands in (16, 1)),
+    Case("step_kernels", 1, 16),
+    Case("generate_kernels", 1, 1),
     *(Case("prefill", 1, thousands) for thousands in (4, 16)),
-    *(Case("generate_plain", 1, thousands) for thousands in (1, 16)),
-    Case("compiled", 1, 1),
+    Case("compiled", 1, 16),
 ]
 SECOND = [
     *(Case(kind, 1, 1) for kind in ("equality", "generate", "eager", "prefill")),
     Case("generate", 1, 16),
-    *(Case(kind, 1, 1) for kind in ("step_kernels", "generate_kernels")),
 ]
 OVERHEAD = [Case("eager", 1, 1)]
 REST = [
-    Case("compiled", 1, 16),
-    *(Case(kind, 8, thousands) for kind in ("eager", "generate") for thousands in (1, 4)),
+    *(Case(kind, 8, thousands) for kind in ("generate", "eager") for thousands in (1, 4)),
+    Case("compiled", 1, 1),
+    *(Case("generate_plain", 1, thousands) for thousands in (1, 16)),
+    Case("step_kernels", 1, 1),
+    Case("generate_kernels", 1, 16),
     *(Case(kind, 1, 4) for kind in ("generate", "eager")),
     Case("prefill_kernels", 1, 16),
     *(Case("captured", 1, thousands) for thousands in (1, 16)),

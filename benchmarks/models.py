@@ -18,6 +18,7 @@ from .timing import synchronize
 InternLMConfig = package.load("configuration").InternLMConfig
 InternLMForCausalLM = package.load("modeling").InternLMForCausalLM
 GrowingCache = package.load("cache").GrowingCache
+join_weights = package.load("linear").join_weights
 CACHE = package.load("compat").CACHE  # the library's name for a cache, which differs by version
 
 
@@ -82,6 +83,8 @@ def our_model(shape: Shape, dtype: torch.dtype, device: str = "cpu", rotary: str
         for name, parameter in model.named_parameters():
             if name.endswith(".bias"):
                 torch.nn.init.normal_(parameter, std=0.02)
+    # As its first generate on a GPU would; but later, a model that shares the weights would keep the old ones, too.
+    join_weights(model)
     return model.eval()
 
 

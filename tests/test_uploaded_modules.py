@@ -32,7 +32,7 @@ STANDARD = {
     "struct",
     "threading",
 }
-STANDARD |= {"time", "typing"}
+STANDARD |= {"time", "typing", "weakref"}
 # All that is used of os and shutil: to read an index of weights, and to save a tokenizer.
 ALLOWED = {
     "os.PathLike",
@@ -48,6 +48,7 @@ FORBIDDEN_NAMES = {"eval", "exec", "compile", "__import__", "globals", "vars", "
 # Attributes of any object: environment, programs, pickles, downloads, files, and ways around the names above.
 FORBIDDEN_ATTRIBUTES = {"environ", "environb", "getenv", "putenv", "system", "popen", "load", "save", "hub"}
 FORBIDDEN_ATTRIBUTES |= {"write_text", "write_bytes", "tofile", "__globals__", "__builtins__", "__subclasses__"}
+KERNELS = "kernels_internlm.py"  # the one module that may import Triton, whose tl.load reads a tensor
 
 
 def tree(name):
@@ -69,7 +70,8 @@ def test_imports(name):
             assert node.module not in ("os", "shutil")
             assert not FORBIDDEN_ATTRIBUTES & {alias.name for alias in node.names}
         for module in modules:
-            assert module.partition(".")[0] in THIRD_PARTY | STANDARD, module
+            allowed = THIRD_PARTY | STANDARD | ({"triton"} if name == KERNELS else set())
+            assert module.partition(".")[0] in allowed, module
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -83,7 +85,8 @@ def test_calls(name):
             assert node.id not in FORBIDDEN_NAMES, node.id
             assert node.id != "open" or id(node) in called  # never under an alias
         if isinstance(node, ast.Attribute):
-            assert node.attr not in FORBIDDEN_ATTRIBUTES, ast.unparse(node)
+            kernel = name == KERNELS and ast.unparse(node) == "tl.load"
+            assert kernel or node.attr not in FORBIDDEN_ATTRIBUTES, ast.unparse(node)
         if isinstance(node, ast.Name | ast.Attribute) and id(node) not in inner:
             used = ast.unparse(node)
             assert used.partition(".")[0] not in ("os", "shutil") or used in ALLOWED, used

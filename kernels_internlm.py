@@ -1,0 +1,316 @@
+"""Triton kernels for CUDA: attention of one new token in a single pass over the cache, and the rotation in place.
+
+The plain expressions in rotary_internlm.py are their reference, and what runs wherever `usable` says no. Triton comes
+with torch's CUDA builds; it needs a C compiler when a kernel is launched for the first time.
+
+Shapes: B batch, H heads, K keys including the new one, Q new tokens, D head_dim.
+"""
+
+# The annotations of kernels are what `import triton.language` gave, if anything did.
+# pyright: reportInvalidTypeForm=false
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers.utils import logging
+
+from .compat_internlm import is_compiling
+from .positions_internlm import SeenKeys
+
+
+triton: Any = None
+tl: Any = None
+if torch.version.cuda is not None:
+    try:
+        import triton
+        import triton.language
+
+        tl = triton.language
+    except ImportError:
+        pass
+
+logger = logging.get_logger(__name__)
+
+# Devices that the kernels run on. (The tests add the CPU, for Triton's interpreter.)
+_DEVICE_TYPES = {"cuda"}
+_BLOCK = 16  # keys that a program of the read takes at a time
+_READ_WARPS = 4
+_PROGRAMS_PER_CORE = 4  # of the read, on each multiprocessor
+_HEADS_AT_A_TIME = 16  # of the rotation
+# By device index: how many multiprocessors there are, 0 where kernels cannot be launched.
+_cores: dict[int | None, int] = {}
+_TYPICAL_CORES = 132  # of an H100 and an H200: where a program is compiled before the first call
+
+
+def usable(tensor: torch.Tensor) -> bool:
+    """Whether the kernels run on this tensor's device. The first call for a device launches one."""
+    if triton is None or torch.is_grad_enabled() or torch.jit.is_tracing():  # pyright: ignore
+        return False
+    if tensor.device.type not in _DEVICE_TYPES:
+        return False
+    if torch.compiler.is_compiling():  # the compiler needs the same things of Triton
+        return is_compiling()
+    index = tensor.device.index
+    if index not in _cores:
+        _cores[index] = _count_cores(tensor.device)
+    return _cores[index] > 0
+
+
+def warn_if_missing(tensor: torch.Tensor) -> None:
+    """Say once what it costs that Triton is missing where CUDA is used."""
+    if tensor.is_cuda and triton is None and not torch.compiler.is_compiling():
+        logger.warning_once(
+            "Triton is not installed, so rotations and reads of the cache are several operations each: prompts take "
+            "longer, and tokens beyond the trained window several times as long. pip install triton (Windows: "
+            "triton-windows)."
+        )
+
+
+def _count_cores(device: torch.device) -> int:
+    states = torch.ones(1, 1, 1, 2, device=device)
+    try:
+        rotate_([states], torch.ones_like(states), torch.zeros_like(states))
+    except Exception as error:  # no C compiler, a GPU that Triton does not know, a cache folder that is read-only, ...
+        logger.warning_once(
+            f"Triton cannot launch kernels here ({error}): prompts take longer, and tokens beyond the trained window "
+            "several times as long. It needs a C compiler, for example gcc, and a writable TRITON_CACHE_DIR."
+        )
+        return 0
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
+
+
+# The read
+
+if triton is not None:
+
+    @triton.jit
+    def _read(
+        queries, keys, values, cos, sin, rows, distances, outputs, maxima, sums,
+        query_row, query_head, key_row, key_head, key_token, value_row, value_head, value_token,
+        table_row, rows_row, distances_row, scale,
+        HALF: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr, CORRECTED: tl.constexpr,
+    ):  # fmt: skip
+        """A part of a row's keys for one head: the weighted sum of values, its maximum and its sum of weights.
+
+        Each of the BLOCK lanes along the keys has its own running maximum and sums; they are joined at the end, so
+        that the loop has no reduction but the one over the head.
+        """
+        head, split, row = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2).to(tl.int64)
+        begin = tl.load(rows + row * rows_row)
+        end = tl.load(rows + row * rows_row + 1)
+        holes = tl.load(rows + row * rows_row + 2)
+        size = tl.cdiv(tl.cdiv(end - begin, SPLITS), BLOCK) * BLOCK
+        first = begin + split * size
+        last = tl.minimum(first + size, end)
+        lanes, pairs = tl.arange(0, BLOCK), tl.arange(0, WIDTH)
+        real = pairs < HALF
+        at_query = queries + row * query_row + head * query_head + pairs
+        q1 = tl.load(at_query, mask=real, other=0).to(tl.float32) * scale
+        q2 = tl.load(at_query + HALF, mask=real, other=0).to(tl.float32) * scale
+        at_key = keys + row * key_row + head * key_head + pairs[None, :]
+        at_value = values + row * value_row + head * value_head + pairs[None, :]
+        cos += row * table_row + pairs
+        sin += row * table_row + pairs
+        distances += row * distances_row
+        maximum = tl.full([BLOCK], -1e30, tl.float32)
+        total = tl.zeros([BLOCK], tl.float32)
+        sum1 = tl.zeros([BLOCK, WIDTH], tl.float32)
+        sum2 = tl.zeros([BLOCK, WIDTH], tl.float32)
+        if CORRECTED:  # of a key relative to the first of its block
+            within = lanes[:, None] * HALF
+            cos_within = tl.load(cos[None, :] + within, mask=real[None, :], other=0)
+            sin_within = tl.load(sin[None, :] + within, mask=real[None, :], other=0)
+        for start in range(first, last, BLOCK):
+            token = start + lanes
+            seen = token < last
+            there = seen[:, None] & real[None, :]
+            offset = token[:, None].to(tl.int64)
+            k1 = tl.load(at_key + offset * key_token, mask=there, other=0).to(tl.float32)
+            k2 = tl.load(at_key + offset * key_token + HALF, mask=there, other=0).to(tl.float32)
+            v1 = tl.load(at_value + offset * value_token, mask=there, other=0).to(tl.float32)
+            v2 = tl.load(at_value + offset * value_token + HALF, mask=there, other=0).to(tl.float32)
+            if CORRECTED:
+                # To rotate keys forward is to rotate the query back, and only distances matter: the query is rotated
+                # by its distance to the block's first key, and back by each key's distance to that.
+                far = (end - 1 - start) * HALF
+                c = tl.load(cos + far, mask=real, other=0)
+                s = tl.load(sin + far, mask=real, other=0)
+                a, b = q1 * c - q2 * s, q2 * c + q1 * s
+                c_key, s_key = cos_within, sin_within
+                if holes != 0:  # each key's distance is its own
+                    distance = tl.load(distances + token, mask=seen, other=-1)
+                    seen = distance >= 0
+                    far_key = tl.maximum(distance, 0)[:, None] * HALF
+                    c_key = tl.load(cos[None, :] + far_key, mask=real[None, :], other=0)
+                    s_key = -tl.load(sin[None, :] + far_key, mask=real[None, :], other=0)
+                    a, b = q1, q2
+                a, b = a[None, :], b[None, :]
+                scores = tl.sum(k1 * (a * c_key + b * s_key) + k2 * (b * c_key - a * s_key), 1)
+            else:
+                if holes != 0:
+                    seen = tl.load(distances + token, mask=seen, other=-1) >= 0
+                scores = tl.sum(k1 * q1[None, :] + k2 * q2[None, :], 1)
+            scores = tl.where(seen, scores, -1e30)
+            larger = tl.maximum(maximum, scores)
+            weights = tl.where(seen, tl.exp2(scores - larger), 0.0)
+            kept = tl.exp2(maximum - larger)
+            total = total * kept + weights
+            sum1 = sum1 * kept[:, None] + weights[:, None] * v1
+            sum2 = sum2 * kept[:, None] + weights[:, None] * v2
+            maximum = larger
+        largest = tl.max(maximum, 0)
+        kept = tl.exp2(maximum - largest)
+        part = (row * tl.num_programs(0) + head) * SPLITS + split
+        tl.store(maxima + part, largest)
+        tl.store(sums + part, tl.sum(total * kept, 0))
+        at_output = outputs + part * 2 * HALF + pairs
+        tl.store(at_output, tl.sum(sum1 * kept[:, None], 0), mask=real)
+        tl.store(at_output + HALF, tl.sum(sum2 * kept[:, None], 0), mask=real)
+
+    @triton.jit
+    def _join(
+        parts, maxima, sums, outputs, D: tl.constexpr, WIDTH: tl.constexpr, SPLITS: tl.constexpr, SLOTS: tl.constexpr
+    ):
+        """The parts of one head of one row as one: outputs (B, H, D)."""
+        head = tl.program_id(0).to(tl.int64)
+        split, element = tl.arange(0, SLOTS), tl.arange(0, WIDTH)
+        at = head * SPLITS + split
+        maximum = tl.load(maxima + at, mask=split < SPLITS, other=-1e30)
+        weight = tl.exp2(maximum - tl.max(maximum, 0))
+        total = tl.sum(tl.load(sums + at, mask=split < SPLITS, other=0) * weight, 0)
+        there = (split < SPLITS)[:, None] & (element < D)[None, :]
+        part = tl.load(parts + at[:, None] * D + element[None, :], mask=there, other=0)
+        output = tl.sum(part * weight[:, None], 0) / total
+        tl.store(outputs + head * D + element, output.to(outputs.dtype.element_ty), mask=element < D)
+
+    @triton.jit
+    def _rotate(
+        first, second, copy, cos, sin, cos_more, sin_more, first_row, first_head, first_token,
+        second_row, second_head, second_token, copy_row, copy_head, copy_token,
+        table_row, table_token, more_row, more_token, tokens, heads,
+        HALF: tl.constexpr, WIDTH: tl.constexpr, HEADS: tl.constexpr, TWICE: tl.constexpr,
+    ):  # fmt: skip
+        """Some heads of one token of the first or the second tensor, in place; with TWICE see `rotate_twice_`."""
+        index = tl.program_id(0).to(tl.int64)
+        row, token = index // tokens, index % tokens
+        head, pairs = tl.program_id(1) * HEADS + tl.arange(0, HEADS), tl.arange(0, WIDTH)
+        real = pairs < HALF
+        there = (head < heads)[:, None] & real[None, :]
+        # The angles of the first half are negative (rotary_internlm.cos_sin); the second half's tables are enough.
+        table = row * table_row + token * table_token + HALF + pairs
+        c = tl.load(cos + table, mask=real, other=0).to(tl.float32)[None, :]
+        s = tl.load(sin + table, mask=real, other=0).to(tl.float32)[None, :]
+        is_second = tl.program_id(2) == 1
+        if is_second:
+            at = second + row * second_row + token * second_token + head[:, None] * second_head + pairs[None, :]
+        else:
+            at = first + row * first_row + token * first_token + head[:, None] * first_head + pairs[None, :]
+        x1 = tl.load(at, mask=there, other=0).to(tl.float32)
+        x2 = tl.load(at + HALF, mask=there, other=0).to(tl.float32)
+        y1, y2 = x1 * c - x2 * s, x2 * c + x1 * s
+        if TWICE:
+            table = row * more_row + token * more_token + HALF + pairs
+            c = tl.load(cos_more + table, mask=real, other=0).to(tl.float32)[None, :]
+            s = tl.load(sin_more + table, mask=real, other=0).to(tl.float32)[None, :]
+            z1, z2 = y1 * c - y2 * s, y2 * c + y1 * s
+            if is_second:
+                to = copy + row * copy_row + token * copy_token + head[:, None] * copy_head + pairs[None, :]
+            else:
+                to = at
+                y1, y2 = z1, z2
+            tl.store(to, z1.to(first.dtype.element_ty), mask=there)
+            tl.store(to + HALF, z2.to(first.dtype.element_ty), mask=there)
+        tl.store(at, y1.to(first.dtype.element_ty), mask=there)
+        tl.store(at + HALF, y2.to(first.dtype.element_ty), mask=there)
+
+
+def read(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    seen: SeenKeys,
+    tables: tuple[torch.Tensor, torch.Tensor] | None,
+    scaling: float,
+) -> torch.Tensor:
+    """Attention of one new token, (B, H, 1, D), to its keys and values, (B, H, K, D): (B, 1, H, D).
+
+    Keys and values are read once, in parts that are joined at the end (Dao et al., "Flash-Decoding for long-context
+    inference", 2023); products, softmax and sums are float32. Only the keys that a row sees are read.
+
+    Args:
+        tables: Cosines and sines of the correction by distance, (B or 1, K, D / 2), float32; None for no correction.
+        scaling: What the scores are multiplied by.
+    """
+    rows, heads, _, head_dim = queries.shape
+    device, half = queries.device, head_dim // 2
+    splits = _splits(rows * heads, device)
+    parts = torch.empty((rows, heads, splits, head_dim), device=device, dtype=torch.float32)
+    maxima, sums = torch.empty((2, rows, heads, splits), device=device, dtype=torch.float32).unbind(0)
+    outputs = torch.empty((rows, 1, heads, head_dim), device=device, dtype=queries.dtype)
+    cos, sin = (parts, parts) if tables is None else tables
+    _read[(heads, splits, rows)](
+        queries, keys, values, cos, sin, *seen, parts, maxima, sums,
+        queries.stride(0), queries.stride(1), *keys.stride()[:3], *values.stride()[:3],
+        _row_stride(cos), _row_stride(seen.rows), _row_stride(seen.distances), scaling * 1.4426950408889634,  # log2(e)
+        HALF=half, WIDTH=_power_of_2(half), BLOCK=_BLOCK, SPLITS=splits, CORRECTED=tables is not None,
+        num_warps=_READ_WARPS,
+    )  # fmt: skip
+    _join[(rows * heads,)](
+        parts, maxima, sums, outputs, D=head_dim, WIDTH=_power_of_2(head_dim), SPLITS=splits, SLOTS=_power_of_2(splits)
+    )
+    return outputs
+
+
+def rotate_(states: Sequence[torch.Tensor], cos: torch.Tensor, sin: torch.Tensor) -> None:
+    """`rotary_internlm.rotate` of one or two tensors, (B, H, Q, D), in place and in float32.
+
+    Args:
+        cos, sin: Of `rotary_internlm.cos_sin`, (B or 1, 1, Q, D).
+    """
+    _launch_rotation(states, states[0], (cos, sin), (cos, sin), twice=False)
+
+
+def rotate_twice_(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    tables: tuple[torch.Tensor, torch.Tensor],
+    more: tuple[torch.Tensor, torch.Tensor],
+) -> torch.Tensor:
+    """Rotate queries by both pairs of tables, in place, and keys by the first; returns the keys rotated by both."""
+    rows, heads, tokens, head_dim = keys.shape
+    corrected = keys.new_empty((rows, tokens, heads, head_dim)).transpose(1, 2)
+    _launch_rotation((queries, keys), corrected, tables, more, twice=True)
+    return corrected
+
+
+def _launch_rotation(
+    states: Sequence[torch.Tensor], copy: torch.Tensor, tables: Sequence[torch.Tensor], more: Any, twice: bool
+) -> None:
+    first, second = states[0], states[-1]
+    rows, heads, tokens, head_dim = first.shape
+    half = head_dim // 2
+    strides = [stride for tensor in (first, second, copy) for stride in tensor.stride()[:3]]
+    for cos, _ in (tables, more):
+        strides += [_row_stride(cos), cos.stride(2)]
+    _rotate[(rows * tokens, -(-heads // _HEADS_AT_A_TIME), len(states))](
+        first, second, copy, *tables, *more, *strides, tokens, heads,
+        HALF=half, WIDTH=_power_of_2(half), HEADS=_HEADS_AT_A_TIME, TWICE=twice,
+    )  # fmt: skip
+
+
+def _row_stride(tensor: torch.Tensor) -> int:
+    return 0 if tensor.shape[0] == 1 else tensor.stride(0)
+
+
+def _power_of_2(size: int) -> int:
+    return 1 << (size - 1).bit_length()
+
+
+def _splits(heads: int, device: torch.device) -> int:
+    """Into how many parts each of `heads` rows of keys is split, so that all multiprocessors have work."""
+    cores = _cores.get(device.index) or _TYPICAL_CORES
+    return max(1, min(64, cores * _PROGRAMS_PER_CORE // heads))
+
+
+__all__ = ["read", "rotate_", "rotate_twice_", "usable", "warn_if_missing"]

@@ -1,0 +1,171 @@
+"""The Triton kernels against the same expressions in float64: on a CUDA device, and on a CPU in Triton's interpreter.
+
+The interpreter is chosen when Triton is imported, so it runs in a process of its own: this file as a program.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where it runs as a program
+
+from tools import package
+
+
+LIMITS = {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
+DTYPES = tuple(LIMITS)
+# Rows, heads, keys, head_dim: sizes of heads and numbers of keys that are no power of 2 and no multiple of a block.
+SHAPES = ((1, 2, 70, 64), (2, 3, 33, 16), (2, 1, 1, 10), (1, 2, 130, 96))
+LARGE = ((3, 5, 1111, 128), (1, 40, 4200, 128))
+MASKS = ("all", "left padding", "holes")
+
+
+def modules(device):
+    kernels, rotary = package.load("kernels"), package.load("rotary")
+    kernels._DEVICE_TYPES.add(device)
+    with torch.no_grad():
+        kernels.usable(torch.ones(1, device=device))
+    return kernels, rotary, package.load("positions")
+
+
+def exact(rotary, queries, keys, values, seen, delta, scale):
+    """Attention of one token to keys that are rotated by position * delta, all in float64."""
+    queries, keys, values = queries.double(), keys.double(), values.double()
+    ranks = seen.long().cumsum(-1)
+    if delta is not None:
+        keys = rotary.rotate(keys, *rotary.cos_sin(ranks - 1, delta.double()[:, None], torch.float64))
+        queries = rotary.rotate(queries, *rotary.cos_sin(ranks[:, -1:] - 1, delta.double()[:, None], torch.float64))
+    scores = (queries @ keys.transpose(2, 3) * scale).masked_fill(~seen[:, None, None], -torch.inf)
+    return (scores.softmax(-1) @ values).transpose(1, 2)
+
+
+def difference(found, expected):
+    return ((found.double() - expected).norm() / expected.norm()).item()
+
+
+@torch.no_grad()
+def check_read(device, dtype, shape, mask, corrected, scale=1.0):
+    """Left-padded rows, rows with holes, rows of different lengths, unused room at the end, any strides."""
+    kernels, rotary, positions = modules(device)
+    rows, heads, length, head_dim = shape
+    torch.manual_seed(0)
+    queries, keys, values = (
+        torch.randn(rows, tokens, heads, head_dim, device=device).mul(scale).to(dtype).transpose(1, 2)
+        for tokens in (1, length + 5, length + 5)
+    )
+    seen = torch.ones(rows, length + 5, dtype=torch.bool, device=device)
+    seen[:, length:] = False
+    if mask != "all" and length > 8:
+        seen[0, :5] = False
+    if mask == "holes" and length > 8:
+        seen[-1, 7] = seen[0, length // 2] = False
+    delta = -0.02 * torch.rand(rows, head_dim // 2, device=device) if corrected else None
+    tables = None
+    if delta is not None:
+        angles = torch.arange(length + 5, device=device)[None, :, None] * delta[:, None]
+        tables = angles.cos(), angles.sin()
+    expected = exact(rotary, queries, keys, values, seen, delta, head_dim**-0.5)
+    found = kernels.read(queries, keys, values, positions.seen_keys_of(seen), tables, head_dim**-0.5)
+    assert found.dtype == dtype and found.shape == (rows, 1, heads, head_dim)
+    assert difference(found, expected) < LIMITS[dtype], (dtype, shape, mask, corrected)
+
+
+@torch.no_grad()
+def check_rotation(device, dtype):
+    """Queries and keys with different strides and heads that are no multiple of a block; and one tensor alone."""
+    kernels, rotary, _ = modules(device)
+    torch.manual_seed(0)
+    queries = torch.randn(2, 5, 3 * 12, device=device).to(dtype).view(2, 5, 3, 12).transpose(1, 2)
+    keys = torch.randn(2, 5, 2 * 36, device=device).to(dtype)[..., 36:].view(2, 5, 3, 12).transpose(1, 2)
+    positions = torch.tensor([[0, 1, 2, 3, 4], [3, 4, 5, 6, 7]], device=device)
+    tables = rotary.cos_sin(positions, torch.rand(6, device=device), dtype)
+    expected = [rotary.rotate(states.double(), *(table.double() for table in tables)) for states in (queries, keys)]
+    alone = queries.clone()
+    kernels.rotate_((queries, keys), *tables)
+    kernels.rotate_((alone,), *tables)
+    for found, wanted in zip((queries, keys, alone), (*expected, expected[0]), strict=True):
+        assert difference(found, wanted) < LIMITS[dtype]
+    more = rotary.cos_sin(positions[:1], torch.rand(6, device=device), dtype)  # one row for all
+    twice = [rotary.rotate(states.double(), *(table.double() for table in more)) for states in (queries, keys)]
+    once = keys.clone()
+    for states in (queries, keys):  # back to where they were
+        kernels.rotate_((states,), tables[0], -tables[1])
+    corrected = kernels.rotate_twice_(queries, keys, tables, more)
+    for found, wanted in zip((queries, corrected, keys), (*twice, once.double()), strict=True):
+        assert difference(found, wanted) < 3 * LIMITS[dtype]  # rounded three times
+
+
+def run_all(device, shapes):
+    for dtype in DTYPES:
+        check_rotation(device, dtype)
+        for shape in shapes:
+            for mask in MASKS:
+                for corrected in (True, False):
+                    check_read(device, dtype, shape, mask, corrected)
+    # Products of float16 that overflow, although the scores do not.
+    check_read(device, torch.float16, (1, 2, 70, 64), "all", True, scale=300.0)
+
+
+def test_on_a_cpu_in_the_interpreter():
+    """All shapes, masks and dtypes; no skip: Triton is one of the requirements of the tests where it exists."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, __file__], capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.split() == ["checked"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu():
+    run_all("cuda", SHAPES + LARGE)
+
+
+def test_usable_says_no_without_triton_and_where_gradients_are_needed(monkeypatch):
+    """So that everything runs without Triton; with it, only where no gradient is."""
+    kernels, *_ = modules("cpu")
+    try:
+        monkeypatch.setattr(kernels, "triton", None)
+        with torch.no_grad():
+            assert not kernels.usable(torch.ones(1))
+        monkeypatch.setattr(kernels, "triton", object())
+        monkeypatch.setattr(kernels, "_count_cores", lambda device: 8)
+        monkeypatch.setattr(kernels, "_cores", {})
+        assert not kernels.usable(torch.ones(1))
+        with torch.no_grad():
+            assert kernels.usable(torch.ones(1))
+        kernels._DEVICE_TYPES.discard("cpu")
+        with torch.no_grad():
+            assert not kernels.usable(torch.ones(1))
+    finally:
+        kernels._DEVICE_TYPES.discard("cpu")
+
+
+def test_kernels_that_cannot_be_launched_are_reported_once_and_not_used(monkeypatch, caplog):
+    """No C compiler, for example: one warning that says what to do, and the plain expressions."""
+    kernels, *_ = modules("cpu")
+
+    def fail(*arguments):
+        raise RuntimeError("Failed to find C compiler")
+
+    monkeypatch.setattr(kernels, "rotate_", fail)
+    monkeypatch.setattr(kernels, "triton", object())
+    monkeypatch.setattr(kernels, "_cores", {})
+    warned = []
+    monkeypatch.setattr(kernels.logger, "warning_once", warned.append)
+    try:
+        with torch.no_grad():
+            assert [kernels.usable(torch.ones(1)) for _ in range(2)] == [False, False]
+    finally:
+        kernels._DEVICE_TYPES.discard("cpu")
+    assert len(warned) == 1 and "Failed to find C compiler" in warned[0] and "gcc" in warned[0]
+
+
+if __name__ == "__main__":
+    torch.version.cuda = "13.0"  # as in a build for CUDA: the module then imports Triton
+    run_all("cpu", SHAPES)
+    print("checked")
