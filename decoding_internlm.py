@@ -34,7 +34,7 @@ logger = logging.get_logger(__name__)
 _DEVICE_TYPES = {"cuda"}
 _PLAIN_LAYERS = (nn.Linear, nn.Embedding, nn.ModuleList)
 # What `generate` may pass to the forward besides what a step takes, and does not change it.
-_NEUTRAL = {"assistant_tokenizer", "cache_position", "logits_to_keep", "return_dict", "tokenizer", "use_cache"}
+_NEUTRAL = {"assistant_tokenizer", "cache_position", "return_dict", "tokenizer", "use_cache"}
 
 # Captures share a stream, whose cuBLAS workspace they then share, too; so they come one after another.
 _lock = threading.Lock()
@@ -185,7 +185,9 @@ class DecodeStep:
             return
         with torch.cuda.device(self.device):
             current, graph = torch.cuda.current_stream(), torch.cuda.CUDAGraph()
-            stream = _streams.setdefault(self.device, torch.cuda.Stream())
+            if self.device not in _streams:
+                _streams[self.device] = torch.cuda.Stream()
+            stream = _streams[self.device]
             stream.wait_stream(current)
             with torch.cuda.stream(stream):
                 warm = _warm.setdefault(self.model, set())

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from transformers.utils import logging
 
-from .compat_internlm import is_compiling
 from .positions_internlm import SeenKeys
 
 
@@ -40,17 +39,15 @@ _PROGRAMS_PER_CORE = 4  # of the read, on each multiprocessor
 _HEADS_AT_A_TIME = 16  # of the rotation
 # By device index: how many multiprocessors there are, 0 where kernels cannot be launched.
 _cores: dict[int | None, int] = {}
-_TYPICAL_CORES = 132  # of an H100 and an H200: where a program is compiled before the first call
 
 
 def usable(tensor: torch.Tensor) -> bool:
     """Whether the kernels run on this tensor's device. The first call for a device launches one."""
-    if triton is None or torch.is_grad_enabled() or torch.jit.is_tracing():  # pyright: ignore
+    if triton is None or tensor.device.type not in _DEVICE_TYPES or torch.is_grad_enabled():
         return False
-    if tensor.device.type not in _DEVICE_TYPES:
+    # A compiler gets the plain expressions: a compiled model with the kernels has not been run on a GPU.
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
         return False
-    if torch.compiler.is_compiling():  # the compiler needs the same things of Triton
-        return is_compiling()
     index = tensor.device.index
     if index not in _cores:
         _cores[index] = _count_cores(tensor.device)
@@ -59,7 +56,7 @@ def usable(tensor: torch.Tensor) -> bool:
 
 def warn_if_missing(tensor: torch.Tensor) -> None:
     """Say once what it costs that Triton is missing where CUDA is used."""
-    if tensor.is_cuda and triton is None and not torch.compiler.is_compiling():
+    if triton is None and torch.version.cuda is not None and tensor.is_cuda and not torch.compiler.is_compiling():
         logger.warning_once(
             "Triton is not installed, so rotations and reads of the cache are several operations each: prompts take "
             "longer, and tokens beyond the trained window several times as long. pip install triton (Windows: "
@@ -106,8 +103,9 @@ if triton is not None:
         lanes, pairs = tl.arange(0, BLOCK), tl.arange(0, WIDTH)
         real = pairs < HALF
         at_query = queries + row * query_row + head * query_head + pairs
-        q1 = tl.load(at_query, mask=real, other=0).to(tl.float32) * scale
-        q2 = tl.load(at_query + HALF, mask=real, other=0).to(tl.float32) * scale
+        # Inductor passes a float as float64.
+        q1 = (tl.load(at_query, mask=real, other=0).to(tl.float32) * scale).to(tl.float32)
+        q2 = (tl.load(at_query + HALF, mask=real, other=0).to(tl.float32) * scale).to(tl.float32)
         at_key = keys + row * key_row + head * key_head + pairs[None, :]
         at_value = values + row * value_row + head * value_head + pairs[None, :]
         cos += row * table_row + pairs
@@ -309,8 +307,7 @@ def _power_of_2(size: int) -> int:
 
 def _splits(heads: int, device: torch.device) -> int:
     """Into how many parts each of `heads` rows of keys is split, so that all multiprocessors have work."""
-    cores = _cores.get(device.index) or _TYPICAL_CORES
-    return max(1, min(64, cores * _PROGRAMS_PER_CORE // heads))
+    return max(1, min(64, _cores[device.index] * _PROGRAMS_PER_CORE // heads))
 
 
 __all__ = ["read", "rotate_", "rotate_twice_", "usable", "warn_if_missing"]

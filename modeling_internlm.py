@@ -148,10 +148,9 @@ class InternLMAttention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         cos, sin, corrections, cache_position = position_embeddings
         input_shape = hidden_states.shape[:-1]
-        projections = call_together(linear, (self.q_proj, self.k_proj, self.v_proj), hidden_states)  # (B, Q, E)
-        states = [output.view(*input_shape, -1, self.head_dim).transpose(1, 2) for output in projections]
-        queries, keys, corrected_keys = rotate_new(states[0], states[1], cos, sin, corrections)
-        values = states[2]  # all of them (B, H, Q, D)
+        queries, keys, values = call_together(linear, (self.q_proj, self.k_proj, self.v_proj), hidden_states)
+        queries, keys, corrected_keys = rotate_new(queries, keys, self.head_dim, cos, sin, corrections)  # (B, H, Q, D)
+        values = values.view(*input_shape, -1, self.head_dim).transpose(1, 2)
         if cache is not None:
             keys, values = update_cache(cache, keys, values, self.layer_idx, cache_position, kwargs)  # (B, H, K, D)
 
@@ -389,7 +388,7 @@ class InternLMForCausalLM(InternLMBatchingMixin, InternLMPreTrainedModel, Intern
         """
         past = past_key_values if cache is None else cache
         decoding = getattr(past, "decoding", None)
-        if decoding is not None and inputs_embeds is None and labels is None:
+        if decoding is not None and inputs_embeds is None and labels is None and isinstance(logits_to_keep, int):
             logits = decoding.logits(past, input_ids, attention_mask, position_ids, kwargs)
             if logits is not None:
                 captured: dict[str, Any] = {"logits": logits, CACHE: past}

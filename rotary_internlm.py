@@ -98,9 +98,9 @@ def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.
 
 
 def rotate_new(
-    queries: torch.Tensor, keys: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, corrections: list[Any]
+    queries: torch.Tensor, keys: torch.Tensor, head_dim: int, cos: torch.Tensor, sin: torch.Tensor, corrections: list
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Rotate queries and keys of the new tokens, (B, H, Q, D), as they come from their projections.
+    """Rotate queries and keys of the new tokens, as their projections return them, (B, Q, E) -> (B, H, Q, D).
 
     In place where the kernel is. Elsewhere one token's are rotated together: the number of operations is what costs.
 
@@ -108,20 +108,25 @@ def rotate_new(
         Queries and keys; and, where the kernel has made the correction as well, corrected keys for attention, to which
         the queries then belong. It does for a prompt, whose queries and keys have the same tables.
     """
-    if usable(queries) and not torch.compiler.is_compiling():
-        if corrections and not isinstance(corrections[0], KernelRead) and corrections[0][0] is corrections[0][1]:
-            return queries, keys, rotate_twice_(queries, keys, (cos, sin), corrections[0][0])
-        rotate_((queries, keys), cos, sin)
+    rows, tokens = queries.shape[:2]
+    by_kernel = usable(queries)
+    if tokens == 1 and not by_kernel:
+        both = torch.cat((queries, keys), dim=-1).view(rows, -1, 1, head_dim)
+        queries, keys = rotate(both, cos, sin).chunk(2, dim=1)
         return queries, keys, None
-    if queries.shape[2] == 1:
-        both = rotate(torch.cat((queries, keys), dim=1), cos, sin)
-        return both[:, : queries.shape[1]], both[:, queries.shape[1] :], None
-    return rotate(queries, cos, sin), rotate(keys, cos, sin), None
+    queries = queries.view(rows, tokens, -1, head_dim).transpose(1, 2)
+    keys = keys.view(rows, tokens, -1, head_dim).transpose(1, 2)
+    if not by_kernel:
+        return rotate(queries, cos, sin), rotate(keys, cos, sin), None
+    if corrections and not isinstance(corrections[0], KernelRead) and corrections[0][0] is corrections[0][1]:
+        return queries, keys, rotate_twice_(queries, keys, (cos, sin), corrections[0][0])
+    rotate_((queries, keys), cos, sin)
+    return queries, keys, None
 
 
 def _rotated(states: torch.Tensor, tables: Tables) -> torch.Tensor:
     """A rotated copy."""
-    if not usable(states) or torch.compiler.is_compiling():
+    if not usable(states):
         return rotate(states, *tables)
     copied = states.clone()
     rotate_((copied,), *tables)

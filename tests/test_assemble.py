@@ -759,6 +759,12 @@ UNSOUND = {
         lambda f: replace(f / "modeling_internlm.py", "import itertools", "import einops.layers"),
         r"modeling_internlm.py, line \d+: users may not have einops.layers",
     ),
+    "an import in a try block that hides any error": (
+        lambda f: replace(
+            f / "modeling_internlm.py", "import itertools", "try:\n    import einops\nexcept ValueError:\n    pass"
+        ),
+        r"modeling_internlm.py, line \d+: users may not have einops",
+    ),
     "a missing sibling": (
         lambda f: replace(f / "modeling_internlm.py", "import itertools", "from .absent_internlm import absent"),
         r"modeling_internlm.py, line \d+: imports .absent_internlm, but the folder lacks absent_internlm.py",

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from transformers.dynamic_module_utils import get_imports
 
 from tools import package
 from tools.package import MODULES
@@ -72,6 +73,12 @@ def test_imports(name):
         for module in modules:
             allowed = THIRD_PARTY | STANDARD | ({"triton"} if name == KERNELS else set())
             assert module.partition(".")[0] in allowed, module
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_transformers_demands_no_other_package(name):
+    """It refuses remote code whose imports are not installed, except in `try` blocks: Triton is not everywhere."""
+    assert not {"triton"} & set(get_imports(ROOT / name))
 
 
 @pytest.mark.parametrize("name", MODULES)
