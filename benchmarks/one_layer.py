@@ -5,6 +5,7 @@ from functools import partial
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tools import package
 
@@ -14,7 +15,6 @@ from .timing import seconds
 
 Positions = package.load("positions").Positions
 rotary = package.load("rotary")
-ALL_ATTENTION_FUNCTIONS = package.load("compat").ALL_ATTENTION_FUNCTIONS
 
 SETS = 8  # of keys and values: more than a GPU's L2 cache holds, so that each is read from memory
 REPEATS = 10  # of a graph within one sample, so that its launch does not count

@@ -60,7 +60,7 @@ class Versions:
 
     def packages(self) -> list[str]:
         lines = [line for file in REQUIREMENTS for line in (ROOT / file).read_text().splitlines()]
-        pins = dict(line.split("==") for line in lines if "==" in line)
+        pins = dict(line.split("==", 1) for line in lines if "==" in line)
         pins |= {"transformers": self.transformers} | ({"torch": self.torch} if self.torch else {})
         return [f"{name}=={pins[name]}" for name in (pins if self.all_tests else CHECK_PACKAGES)]
 
