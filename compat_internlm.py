@@ -65,7 +65,7 @@ _INPUTS_EMBEDS = "inputs_embeds" if _VERSION >= (5, 2) else "input_embeds"
 
 def is_exporting() -> bool:
     """Whether a program is exported now. (torch 2.6 cannot tell; from 2.7.)"""
-    # Until 2.12 Dynamo takes the public function for true in every trace; 2.13 is the first where that was seen right.
+    # Dynamo of 2.11 takes the public function for true in every trace, and 2.13's does not.
     return torch.compiler._is_exporting_flag if _TORCH_VERSION < (2, 13) else torch.compiler.is_exporting()
 
 
