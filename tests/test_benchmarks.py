@@ -98,7 +98,8 @@ def test_each_kind_of_case_has_its_method_and_each_case_runs_once():
         cases = [case for _, cases in gpu_cases.plan([shape], quick=False) for case in cases]
         assert cases and all(hasattr(gpu.Bench, case.kind) for case in cases)
         assert len(set(cases)) == len(cases)
-    assert {case.kind for case in gpu_cases.trial()} == {case.kind for case in gpu_cases.MAIN + gpu_cases.REST}
+    kinds = {case.kind for case in gpu_cases.MAIN + gpu_cases.REST}
+    assert {case.kind for case in gpu_cases.trial()} == kinds - {"compiled_llama"}  # see trial
 
 
 def test_the_second_model_precedes_the_last_cases_of_the_first():
