@@ -49,7 +49,7 @@ Correction = tuple[Tables, Tables]  # of queries and of keys
 
 
 class KernelRead(NamedTuple):
-    """In the place of the only correction: one new token's attention is one kernel (kernels_internlm.py).
+    """Replaces the only correction where one new token's attention is one kernel (kernels_internlm.py).
 
     Attributes:
         seen: Which keys each row sees.

@@ -16,14 +16,14 @@ import torch
 from transformers import AttentionInterface, DynamicCache, LogitsProcessor, LogitsProcessorList
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from support.devices import DEVICES
 from support.golden import cache_of
 
 
-NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 PAD = {"pad_token_id": 0, "eos_token_id": None}
 
 
-@pytest.fixture(scope="module", params=("cpu", pytest.param("cuda", marks=(pytest.mark.gpu, NO_GPU))))
+@pytest.fixture(scope="module", params=DEVICES)
 def device(request):
     return request.param
 
@@ -369,7 +369,7 @@ def test_gradients_and_autocast(shared, device, steps):
 
 
 def test_out_of_memory_at_capture(shared, device, steps, monkeypatch):
-    """The plain loop goes on with the same cache."""
+    """Generation continues with the same cache, in plain steps."""
     ids, mask = prompt(device)
     expected = shared.generate(ids, attention_mask=mask, max_new_tokens=8, disable_compile=True, **PAD)
     layer = sibling(shared, "cache").GrowingLayer

@@ -12,16 +12,16 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from support.devices import DEVICES, NO_GPU
 from support.generation import PROMPTS, greedy_ids, greedy_rows, pad_left
 from support.golden import CHECKPOINTS, assert_near, forced_decode, load, new_cache
 from support.paths import GOLDEN
 
 
-NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 ATTENTION = pytest.mark.parametrize("attention", ("eager", "sdpa"))
 
 
-@pytest.fixture(scope="module", params=("cpu", pytest.param("cuda", marks=(pytest.mark.gpu, NO_GPU))))
+@pytest.fixture(scope="module", params=DEVICES)
 def device(request):
     return request.param
 
