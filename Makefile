@@ -9,7 +9,7 @@ export PYTHONUNBUFFERED := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo chat web test serve quality style test-gpu test-evaluation test-ecosystem test-web test-vllm test-llamacpp matrix mutation bench bench-llamacpp tiny long-context reliability reliability-serving
+.PHONY: help demo chat web test serve quality style real test-real test-gpu test-evaluation test-ecosystem test-web test-vllm test-llamacpp matrix mutation bench bench-llamacpp tiny long-context reliability reliability-serving
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 22
@@ -32,6 +32,10 @@ $(VENV)/serving: $(VENV)/running requirements-serving.txt
 	$(BIN)/python -m pip install --disable-pip-version-check -r requirements-serving.txt
 	@touch $@
 
+$(VENV)/real: $(VENV)/running requirements-real.txt
+	$(BIN)/python -m pip install --disable-pip-version-check -r requirements-real.txt
+	@touch $@
+
 $(VENV)/installed: $(VENV)/running requirements-chat.txt requirements-dev.txt
 	$(BIN)/python -m pip install --disable-pip-version-check -r requirements-dev.txt
 	@touch $@
@@ -49,14 +53,21 @@ serve: $(if $(filter vllm,$(ENGINE)),.venvs/vllm/serving,$(VENV)/serving) ## sta
 	@$(dir $<)bin/python examples/serve.py $${MODEL:+--model "$$MODEL"} $${ENGINE:+--engine "$$ENGINE"} \
 		$${CONTEXT:+--context "$$CONTEXT"} $${PORT:+--port "$$PORT"} $$ARGS
 
+real: $(VENV)/real ## make build/smollm2, a real model of 135M parameters to try things with (downloads 93 MB): MODEL=build/smollm2
+	@$(BIN)/python tools/real_model.py
+
 # Two workers with as many threads as cores: threads that spin while they wait take the cores from each other.
 test: $(VENV)/installed ## run the tests, in random order (SEED=the number that an earlier run printed for the same one)
 	@seed="$${SEED:-$$(date +%s)}"; echo "SEED=$$seed"; \
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -m "not slow and not evaluation and not ecosystem and not gpu" -n 2 --dist loadfile \
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -m "not slow and not evaluation and not ecosystem and not gpu and not real" -n 2 --dist loadfile \
 		--randomly-seed="$$seed"
 
 test-gpu: $(VENV)/installed ## run the tests that need a CUDA device; without one they are skipped
 	$(BIN)/python -m pytest -q -m gpu
+
+test-real: $(VENV)/installed real .venvs/evaluation/installed ## run the tests with the real model
+	$(BIN)/python -m pytest -q -m real tests/test_real_model.py
+	.venvs/evaluation/bin/python -m pytest -q -m real tests/test_evaluation.py
 
 quality: $(VENV)/installed ## check lint, formatting and types
 	$(BIN)/ruff check .
@@ -70,17 +81,19 @@ style: $(VENV)/installed ## fix what `quality` finds and can fix
 test-evaluation: .venvs/evaluation/installed ## run the tests with lm-eval, offline, in a separate environment
 	.venvs/evaluation/bin/python -m pytest -q -m evaluation tests/test_evaluation.py
 
-.venvs/evaluation/installed: requirements.txt requirements-dev.txt requirements-evaluation.txt
+# The tests' own environments are made by uv, which takes a tenth of pip's time.
+UV := $(BIN)/python -m uv pip install --quiet $(addprefix --find-links=,$(PIP_FIND_LINKS))
+.venvs/evaluation/installed: $(VENV)/installed requirements-evaluation.txt
 	$(PYTHON) -m venv .venvs/evaluation
-	.venvs/evaluation/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-dev.txt -r requirements-evaluation.txt
+	$(UV) --python .venvs/evaluation/bin/python -r requirements.txt -r requirements-dev.txt -r requirements-evaluation.txt
 	@touch $@
 
 test-ecosystem: .venvs/ecosystem/installed ## run the tests with peft, trl, bitsandbytes, onnxruntime, openai, ... in a separate environment
 	.venvs/ecosystem/bin/python -m pytest -q -m ecosystem
 
-.venvs/ecosystem/installed: requirements.txt requirements-dev.txt requirements-serving.txt requirements-finetune.txt requirements-ecosystem.txt
+.venvs/ecosystem/installed: $(VENV)/installed requirements-serving.txt requirements-finetune.txt requirements-ecosystem.txt
 	$(PYTHON) -m venv .venvs/ecosystem
-	.venvs/ecosystem/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-dev.txt -r requirements-ecosystem.txt
+	$(UV) --python .venvs/ecosystem/bin/python -r requirements.txt -r requirements-dev.txt -r requirements-ecosystem.txt
 	@touch $@
 
 test-web: $(VENV)/installed $(VENV)/web ## test the web page in headless Chromium, which must be installed (apt-get install chromium)
@@ -123,14 +136,14 @@ matrix: $(VENV)/installed ## check every supported transformers version in new e
 mutation: $(VENV)/installed ## mutate code at random and count what tests notice (FILES="rotary_internlm.py tools/hub/*.py" N=40 SEED=1)
 	$(BIN)/python tools/mutation.py $${FILES:+--files $$FILES} $${N:+--number "$$N"} $${SEED:+--seed "$$SEED"}
 
-bench: $(VENV)/installed ## run the CPU benchmarks (benchmarks/README.md), about 18 minutes
+bench: $(VENV)/installed $(VENV)/real ## run the CPU benchmarks (benchmarks/README.md), about 18 minutes
 	for file in cpu long_context loading tokenizer plot; do $(BIN)/python benchmarks/$$file.py || exit 1; done
 
 bench-llamacpp: .venvs/llamacpp/installed ## measure against llama.cpp on a real model (downloads 93 MB), about 10 minutes
 	.venvs/llamacpp/bin/python benchmarks/llamacpp.py
 
-long-context: $(VENV)/installed ## measure loss and recall at 1 to 4 windows: docs/long-context-results.md
-	$(BIN)/python tools/measure_long_context.py
+long-context: $(VENV)/installed ## measure loss and recall beyond the window: docs/long-context-results.md (MODEL=build/smollm2)
+	$(BIN)/python tools/measure_long_context.py $${MODEL:+--model "$$MODEL"} $$ARGS
 
 reliability: $(VENV)/installed ## run fuzzing, concurrency, kill -9 and soak tests at full length: docs/reliability.md
 	$(BIN)/python -m pytest -q -m slow -n 2

@@ -11,6 +11,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCach
 from transformers.cache_utils import Cache
 
 from tools import package
+from tools.real_model import real_model
 
 from .timing import synchronize
 
@@ -32,6 +33,8 @@ class Shape(NamedTuple):
     vocab: int = 4096  # small: the head, which is the same on both sides, must not dominate
     window: int = 4096
     bias: bool = False
+    base: int = 10_000  # of the rotary embedding
+    eps: float = 1e-6  # of the norms
 
     def __str__(self) -> str:
         return f"{self.hidden}x{self.layers}"
@@ -39,7 +42,8 @@ class Shape(NamedTuple):
 
 SMALL = Shape(hidden=256, layers=12, heads=4, intermediate=688, window=8192)
 MEDIUM = Shape(hidden=1024, layers=8, heads=8, intermediate=2752, window=8192)
-REAL = Shape(hidden=576, layers=30, heads=9, intermediate=1536, vocab=49152, window=8192)  # tools/real_model.py's
+# The real model of tools/real_model.py, with its weights.
+REAL = Shape(hidden=576, layers=30, heads=9, intermediate=1536, vocab=49_152, window=8192, base=100_000, eps=1e-5)
 OVERHEAD = Shape(hidden=128, layers=12, heads=2, intermediate=352, vocab=512)  # a larger head would not be overhead
 
 
@@ -55,22 +59,27 @@ def _sizes(shape: Shape) -> dict[str, int]:
         "num_hidden_layers": shape.layers,
         "num_attention_heads": shape.heads,
         "max_position_embeddings": shape.window,
+        "rms_norm_eps": shape.eps,
     }
 
 
 def our_config(shape: Shape, rotary: str = "dynamic") -> InternLMConfig:
     """Ours; `rotary` is "dynamic" (NTK beyond the window) or "origin" (plain)."""
-    rotary_field = {"type": rotary, "base": 10000}
+    rotary_field = {"type": rotary, "base": shape.base}
     return InternLMConfig(**_sizes(shape), bias=shape.bias, rotary=rotary_field, attn_implementation="sdpa")
 
 
 def llama_config(shape: Shape) -> LlamaConfig:
     """transformers' Llama with plain rotary."""
-    return LlamaConfig(**_sizes(shape), attention_bias=shape.bias, rms_norm_eps=1e-6, attn_implementation="sdpa")
+    rope = {"rope_type": "default", "rope_theta": shape.base}
+    return LlamaConfig(**_sizes(shape), attention_bias=shape.bias, rope_parameters=rope, attn_implementation="sdpa")
 
 
 def our_model(shape: Shape, dtype: torch.dtype, device: str = "cpu", rotary: str = "dynamic") -> InternLMForCausalLM:
-    """Ours with random weights, created on the device."""
+    """Ours with random weights, created on the device; REAL is loaded."""
+    if shape == REAL:
+        config = our_config(shape, rotary)
+        return InternLMForCausalLM.from_pretrained(real_model(), config=config, dtype=dtype).to(device).eval()
     torch.manual_seed(0)
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)

@@ -21,6 +21,10 @@ GIVEN = {
         {"MODEL": "a'b", "CONTEXT": "9", "ARGS": "--compile"},
         ["--model", "a'b", "--context", "9", "--compile"],
     ),
+    "long-context": (
+        {"MODEL": "a b", "ARGS": "--documents 1 --lengths 512 1024"},
+        ["--model", "a b", "--documents", "1", "--lengths", "512", "1024"],
+    ),
     "mutation": ({"FILES": "c*_internlm.py x.py", "N": "3", "SEED": "4"}, None),
 }
 

@@ -36,6 +36,20 @@ def test_a_complete_folder_is_taken_as_it_is(tiny_dir: Path) -> None:
     assert complete_model(str(tiny_dir)) == str(tiny_dir)
 
 
+def test_the_real_model_is_made_by_a_command_and_gets_the_code_of_this_checkout(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "smollm2"
+    monkeypatch.setattr(model_folder, "REAL", folder)
+    with pytest.raises(SystemExit, match="smollm2' is not there yet: `make real` makes it"):
+        complete_model(str(folder))
+    configured(folder, model_type="internlm")
+    (folder / OURS).write_text("an older version")
+    assert complete_model(str(folder)) == str(folder)
+    assert (folder / OURS).read_bytes() == (ROOT / OURS).read_bytes()
+    assert "AutoModelForCausalLM" in (folder / "config.json").read_text()
+
+
 FOLDERS: dict[str, tuple[Callable[[Path], Path], str]] = {
     "empty": (lambda path: shutil.copytree(ROOT / "docs", path), "has no config.json: give a model's folder"),
     "damaged": (configured, "config.json is damaged"),

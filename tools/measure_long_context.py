@@ -1,226 +1,183 @@
-"""Measure checkpoints/tiny at 1 to 4 times its window: loss on long documents and key-value recall.
+"""Measure a model beyond its window: loss through the cache, and recall by depth, with three rotary embeddings.
 
-    python tools/measure_long_context.py            # a few minutes; writes docs/long-context-results.md and its plot
+    python tools/measure_long_context.py                          # checkpoints/tiny, a few minutes
+    python tools/measure_long_context.py --model build/smollm2    # on real text, more than an hour on two cores
     python tools/measure_long_context.py --documents 4 --probes 8 --out build/long-context
 
-The same weights run with dynamic NTK (this package), with plain rotary (this package, rotary type "origin"), and as
-transformers' Llama with its own dynamic NTK. All of them decode with a cache, as `generate` does.
+It writes long-context-results.json, .md and .png, in which the results of other models remain. The same weights run
+with dynamic NTK (this package), with plain rotary (this package, rotary type "origin"), and as transformers' Llama
+with its own dynamic NTK. All of them decode with a cache, as `generate` does. An interrupted run resumes with the same
+command.
 """
 
 import argparse
-import random
+import json
+import platform
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import matplotlib
 import torch
 import transformers
-from torch.nn.functional import cross_entropy
 from tqdm import tqdm
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
-from tools.package import ROOT
-from tools.tiny.corpus import prose
-from tools.tiny.measure import Subject, recall_share
-
-
-WINDOWS = (1, 2, 3, 4)
-DEPTHS = tuple(tenth / 10 for tenth in range(0, 11, 2))  # where in the document the key is stated: 0 is its beginning
-SIDES = {
-    "dynamic": "dynamic NTK",
-    "origin": "plain rotary",
-    "llama": "Llama's dynamic NTK",
-}
-COLOURS = {"dynamic": "#1f5fbf", "origin": "#8a8a8a", "llama": "#c8641b"}
-LOSS_TARGET, RECALL_TARGET = 1.15, 0.80  # with dynamic NTK at 4x: loss relative to 1x, and recall
+from tools.convert.files import json_bytes, new_file
+from tools.long_context import tiny
+from tools.long_context.page import Result, draw, page
+from tools.long_context.real import Real
+from tools.long_context.sides import SIDES, Measured
+from tools.long_context.tiny import Tiny
+from tools.model_folder import TINY, complete_model
+from tools.package import REAL, ROOT
 
 
-class Measured(NamedTuple):
-    """One side at one length."""
-
-    loss: float  # nats per token, over the last half window
-    recall: dict[str, float]  # share of values recalled exactly, by depth
-
-    @property
-    def mean_recall(self) -> float:
-        return sum(self.recall.values()) / len(self.recall)
+NAMES = {TINY: tiny.TITLE, REAL: "SmolLM2-135M-Instruct"}  # in the order of the page, the tiny model last
 
 
-def subject_of(folder: Path, side: str) -> Subject:
-    """The checkpoint with one side's rotary; "llama" is transformers' class on the same weights."""
-    if side != "llama":
-        return Subject(folder, side)
-    subject = Subject(folder)
-    ours = subject.model.config
-    config = LlamaConfig(
-        vocab_size=ours.vocab_size,
-        hidden_size=ours.hidden_size,
-        intermediate_size=ours.intermediate_size,
-        num_hidden_layers=ours.num_hidden_layers,
-        num_attention_heads=ours.num_attention_heads,
-        max_position_embeddings=ours.max_position_embeddings,
-        rms_norm_eps=ours.rms_norm_eps,
-        attention_bias=ours.bias,
-        pad_token_id=ours.pad_token_id,
-        rope_parameters={"rope_type": "dynamic", "rope_theta": ours.rotary["base"], "factor": 1.0},
-    )
-    llama = LlamaForCausalLM(config).eval()
-    llama.load_state_dict(subject.model.state_dict())
-    llama.generation_config = subject.model.generation_config
-    subject.model = llama
-    return subject
+class Store:
+    """The measurements so far of one run, in a file that an interrupted run continues from.
+
+    Args:
+        path: The file, which is deleted once the run is complete.
+        settings: Measurements with other settings are dropped.
+    """
+
+    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
+        self.path, self.settings = path, settings
+        self.cells: dict[str, Measured] = {}
+        if path.exists():
+            stored = json.loads(path.read_text(encoding="utf-8"))
+            if stored["settings"] == settings:
+                self.cells = {name: Measured(**cell) for name, cell in stored["cells"].items()}
+
+    def add(self, name: str, measured: Measured) -> None:
+        self.cells[name] = measured
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        cells = {name: cell._asdict() for name, cell in self.cells.items()}
+        with new_file(self.path) as file:
+            file.write(json_bytes({"settings": self.settings, "cells": cells}, sort_keys=False))
 
 
-def long_documents(subject: Subject, length: int, count: int) -> torch.Tensor:
-    """Prose from a seed that training does not use, truncated to `length` tokens: (count, length) ids."""
-    rng, rows = random.Random(f"long documents {length}"), []
-    for number in range(count):
-        ids: list[int] = []
-        paragraphs = 8
-        while len(ids) < length:
-            ids, paragraphs = subject.ids(prose(rng, paragraphs, ("en", "zh")[number % 2])), 2 * paragraphs
-        rows.append(ids[:length])
-    return torch.tensor(rows)
+def measure(subject: Tiny | Real, store: Store) -> dict[str, Measured]:
+    """Measure all sides at all lengths, document by document. Returns the measurements by side, length and number."""
+    wanted = [
+        (side, length, number) for number in range(subject.passes) for length in subject.lengths for side in SIDES
+    ]
+    loaded: tuple[str, Any] = ("", None)
+    bar_format = "{desc}{percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
+    with tqdm(total=sum(subject.work(length) for _, length, _ in wanted), bar_format=bar_format) as bar:
+        for side, length, number in wanted:
+            name, end = f"{side} {length} {number}", bar.n + subject.work(length)
+            if name not in store.cells:
+                bar.set_postfix_str(f"{SIDES[side]}, {length:,} tokens")
+                if loaded[0] != side:
+                    loaded = ("", None)  # before the next one needs the memory
+                    loaded = (side, subject.load(side))
+                store.add(name, subject.measure(loaded[1], length, number, bar.update))
+            else:
+                bar.initial += subject.work(length)  # not part of the speed
+            bar.update(end - bar.n)
+    return {name: store.cells[name] for name in (f"{side} {length} {number}" for side, length, number in wanted)}
 
 
-@torch.inference_mode()
-def cached_loss(subject: Subject, length: int, count: int) -> float:
-    """Loss over the last half window, decoded token by token after a prefill of the preceding text."""
-    ids = long_documents(subject, length, count)
-    start = length - subject.window // 2
-    cache = DynamicCache(config=subject.model.config)
-    logits = subject.model(ids[:, :start], cache=cache, logits_to_keep=1).logits[:, -1]
-    losses = []
-    for position in range(start, length):
-        losses.append(cross_entropy(logits.float(), ids[:, position]).item())
-        logits = subject.model(ids[:, position : position + 1], cache=cache).logits[:, -1]
-    return sum(losses) / len(losses)
-
-
-def measure(folder: Path, documents: int, probes: int) -> tuple[int, dict[str, dict[int, Measured]]]:
-    """Measure all sides at all lengths. Returns the checkpoint's window, and side -> windows -> measured."""
+def result_of(stored: dict[str, Any]) -> Result:
+    """What the page shows of a stored result: the means over its documents."""
+    cells: dict[tuple[str, int], list[Measured]] = {}
+    for name, cell in stored["cells"].items():
+        side, length, _ = name.split()
+        cells.setdefault((side, int(length)), []).append(Measured(**cell))
     found: dict[str, dict[int, Measured]] = {side: {} for side in SIDES}
-    bar = tqdm(total=len(SIDES) * len(WINDOWS), unit="length")
-    for side in SIDES:
-        subject = subject_of(folder, side)
-        for windows in WINDOWS:
-            bar.set_postfix_str(f"{SIDES[side]}, {windows}x")
-            length = windows * subject.window
-            loss = cached_loss(subject, length, documents)
-            found[side][windows] = Measured(loss, recall_share(subject, length - 6, probes, DEPTHS))
-            bar.update()
-    bar.close()
-    return subject.window, found
+    for (side, length), some in cells.items():
+        values = [cell.value_loss for cell in some if cell.value_loss is not None]
+        found[side][length] = Measured(
+            sum(cell.loss for cell in some) / len(some),
+            {depth: sum(cell.recall[depth] for cell in some) / len(some) for depth in some[0].recall},
+            sum(values) / len(values) if values else None,
+        )
+    documents = {length: len(cells["dynamic", length]) for length in found["dynamic"]}
+    return Result(stored["name"], stored["window"], stored["settings"], found, documents)
 
 
-def verdict(found: dict[str, dict[int, Measured]]) -> str:
-    """One line: whether dynamic NTK meets its targets."""
-    first, last = found["dynamic"][WINDOWS[0]], found["dynamic"][WINDOWS[-1]]
-    growth = last.loss / first.loss
-    parts = [
-        f"loss at {WINDOWS[-1]}x is {growth:.2f} times the loss at 1x (target: at most {LOSS_TARGET:.2f}, "
-        f"{'met' if growth <= LOSS_TARGET else 'not met'})",
-        f"mean recall at {WINDOWS[-1]}x is {last.mean_recall:.0%} (target: above {RECALL_TARGET:.0%}, "
-        f"{'met' if last.mean_recall > RECALL_TARGET else 'not met'})",
-    ]
-    return "With dynamic NTK, " + "; ".join(parts) + "."
+def write(out: Path, results: list[dict[str, Any]]) -> str:
+    """Write the three files. Returns the page."""
+    ordered = sorted(results, key=lambda stored: stored["name"] == tiny.TITLE)
+    picture = out / "long-context-results.png"
+    shown = [result_of(stored) for stored in ordered]
+    draw(shown, picture)
+    text = page(shown, picture.name)
+    with new_file(picture.with_suffix(".json")) as file:
+        file.write(json_bytes({"models": ordered}, sort_keys=False))
+    picture.with_suffix(".md").write_text(text, encoding="utf-8")
+    return text
 
 
-def report(window: int, found: dict[str, dict[int, Measured]], arguments: Any, picture: str) -> str:
-    """The results page."""
-    depths = list(found["dynamic"][1].recall)
-    lines = [
-        "# Long context, measured on checkpoints/tiny",
-        "",
-        f"Window {window} tokens; {arguments.documents} documents and {arguments.probes} recall probes per depth and "
-        "length; the same weights in all three cases; everything decoded with a cache. "
-        f"transformers {transformers.__version__}, float32. Generated by `python tools/measure_long_context.py`.",
-        "",
-        verdict(found),
-        "",
-        f"![loss and recall against length]({picture})",
-        "",
-        "Loss is in nats per token over the last half window of held-out prose, decoded token by token after a "
-        "prefill of the preceding text. Recall is the share of four-digit values that are repeated exactly when a key "
-        "is asked for at the end of a document; the depth is where the key was stated (0 % is the document's "
-        "beginning).",
-        "",
-        "| length | rotary | loss | loss / loss at 1x | recall, mean | "
-        + " | ".join(f"{float(d):.0%}" for d in depths),
-        "|--:|---|--:|--:|--:|" + "--:|" * len(depths),
-    ]
-    lines[-2] += " |"
-    for windows in WINDOWS:
-        for side, label in SIDES.items():
-            here, first = found[side][windows], found[side][1]
-            cells = [f"{windows}x ({windows * window})", label, f"{here.loss:.3f}", f"{here.loss / first.loss:.2f}"]
-            cells += [f"{here.mean_recall:.0%}", *(f"{here.recall[depth]:.0%}" for depth in depths)]
-            lines.append("| " + " | ".join(cells) + " |")
-    lines += [
-        "",
-        "Llama's own dynamic NTK caches each key rotated with the base at the time it was computed, so the cache "
-        "mixes bases ([long-context.md](long-context.md) explains what is done here instead). This hardly affects the "
-        "few tokens of a recalled value after a prefill, but it does affect half a window of decoding.",
-    ]
-    return "\n".join(lines) + "\n"
+def positive(text: str) -> int:
+    """A positive integer; `argparse` adds the option's name to the error."""
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
+    return int(text)
 
 
-def draw(window: int, found: dict[str, dict[int, Measured]], path: Path) -> None:
-    """Loss and mean recall against length."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6))
-    lengths = [windows * window for windows in WINDOWS]
-    for side, label in SIDES.items():
-        values = [found[side][windows] for windows in WINDOWS]
-        style = {"color": COLOURS[side], "label": label, "marker": "o", "ls": "--" if side == "llama" else "-"}
-        left.plot(lengths, [value.loss for value in values], **style)
-        right.plot(lengths, [100 * value.mean_recall for value in values], **style)
-    left.set_ylabel("loss, nats per token")
-    right.set_ylabel("recall, % (mean over depths)")
-    right.set_ylim(-3, 103)
-    left.set_ylim(bottom=0)
-    for axes in (left, right):
-        axes.axvline(window, color="#aaaaaa", linestyle=":", linewidth=1)
-        axes.set_xticks(lengths, [f"{length}\n{windows}x" for windows, length in zip(WINDOWS, lengths, strict=True)])
-        axes.set_xlabel("tokens, and multiples of the trained window")
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(color="#e6e6e6")
-        axes.set_axisbelow(True)
-    left.legend(frameon=False)
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
-
-
-def main() -> None:
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     made = argparse.ArgumentParser(
         description=__doc__.splitlines()[0],
         epilog="\n".join(__doc__.splitlines()[2:]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    made.add_argument(
-        "--checkpoint", type=Path, default=ROOT / "checkpoints" / "tiny", help="default: checkpoints/tiny"
+    add = made.add_argument
+    add("--model", type=Path, default=TINY, help="a model folder (default: checkpoints/tiny)")
+    add("--documents", type=positive, help="long documents per length (default: 16 for checkpoints/tiny, otherwise 2)")
+    add(
+        "--probes",
+        type=positive,
+        default=20,
+        help="checkpoints/tiny: recall probes per depth and length (default: 20)",
     )
-    made.add_argument("--documents", type=int, default=16, help="long documents per length (default 16)")
-    made.add_argument("--probes", type=int, default=20, help="recall probes per depth and length (default 20)")
-    made.add_argument(
-        "--out", type=Path, default=ROOT / "docs", help="folder for the page and the plot (default docs)"
+    add("--lengths", type=positive, nargs="+", help="other models: tokens (default: 1, 2 and 3 windows)")
+    add(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        default="float32",
+        help="other models (default: float32)",
     )
-    arguments = made.parse_args()
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="other models (default: %(default)s)")
+    add("--out", type=Path, default=ROOT / "docs", help="folder for the results (default: docs)")
+    return made.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    options = arguments(argv)
     transformers.logging.set_verbosity_error()
-    window, found = measure(arguments.checkpoint, arguments.documents, arguments.probes)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    picture = arguments.out / "long-context-results.png"
-    draw(window, found, picture)
-    page = report(window, found, arguments, picture.name)
-    picture.with_suffix(".md").write_text(page, encoding="utf-8")
-    print(page)
+    transformers.logging.disable_progress_bar()
+    folder = options.model.resolve()
+    if folder == TINY:
+        subject = Tiny(folder, options.documents or 16, options.probes)
+    else:
+        complete_model(str(options.model))
+        dtype = getattr(torch, options.dtype)
+        subject = Real(folder, options.documents or 2, options.lengths, dtype, options.device)
+    versions = {
+        "transformers": transformers.__version__,
+        "torch": torch.__version__,
+        "Python": platform.python_version(),
+    }
+    name, settings = NAMES.get(folder, folder.name), {**subject.settings, **versions}
+    store = Store(ROOT / "build" / f"long-context-{folder.name}.json", settings)
+    cells = measure(subject, store)
+    results = options.out / "long-context-results.json"
+    others = json.loads(results.read_text(encoding="utf-8"))["models"] if results.exists() else []
+    made = {"name": name, "window": subject.window, "settings": settings}
+    made["cells"] = {name: cell._asdict() for name, cell in cells.items()}
+    options.out.mkdir(parents=True, exist_ok=True)
+    print(write(options.out, [*(other for other in others if other["name"] != name), made]))
+    store.path.unlink()
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("\nInterrupted. The same command resumes.")

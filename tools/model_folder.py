@@ -19,7 +19,7 @@ from huggingface_hub.errors import (
 )
 
 from tools.hub.assemble import assemble
-from tools.package import ROOT
+from tools.package import REAL, ROOT, add_modules
 
 
 TINY = ROOT / "checkpoints" / "tiny"
@@ -33,14 +33,18 @@ def complete_model(name: str | None = None) -> str:
     """A folder or repository that the Auto classes load with this code: `name` itself, or a folder made of it.
 
     Args:
-        name: A folder or a repository id. checkpoints/tiny, which is None, too, is completed in build/internlm-tiny.
-            An adapter is refused: base_model gives its model.
+        name: A folder or a repository id. checkpoints/tiny, which is None, too, is completed in build/internlm-tiny,
+            and build/smollm2 gets the code of this checkout. An adapter is refused: base_model gives its model.
 
     Raises:
         SystemExit: It is not there, or not InternLM with this code. The message, one line, says what to do.
     """
     if name is None or Path(name).resolve() in (TINY, TINY_OUT):
         return str(assemble(weights=TINY, out=TINY_OUT, progress=False).out)
+    if Path(name).resolve() == REAL:
+        if not REAL.exists():
+            raise SystemExit(f"{name!r} is not there yet: `make real` makes it.")
+        add_modules(REAL)
     config = _file(name, "config.json")
     if config is None and _file(name, ADAPTER) is not None:
         raise SystemExit(

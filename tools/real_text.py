@@ -6,7 +6,6 @@ Both differ a little between versions of Python, so what is measured on them nam
 import importlib.util
 import random
 from pathlib import Path
-
 from pydoc_data.topics import topics
 
 
@@ -23,7 +22,7 @@ def documentation(seed: int | None = None) -> str:
 
 
 def library(seed: int | None = None) -> str:
-    """Modules of the standard library with their docstrings and comments, 1.3 MB: in the order of LIBRARY, or shuffled."""
+    """Modules of the standard library as they are, 1.3 MB: in the order of LIBRARY, or shuffled by a seed."""
     names = list(LIBRARY)
     if seed is not None:
         random.Random(seed).shuffle(names)
