@@ -24,6 +24,7 @@ from .sides import Measured, forget_lengths, load_side
 
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 SCORED = 192  # tokens at the end of the text that are read one by one
+STEP = 40  # how long one token alone takes, in tokens of a prefill: for the progress bar
 PLACES = ("library", "harbour", "museum", "airport", "bakery", "station", "castle", "market", "school", "theatre")
 INTRODUCTION = (
     "There are five pass keys hidden inside a lot of irrelevant text. Find them and memorize them. I will quiz you "
@@ -68,13 +69,14 @@ class Real:
         return load_side(self.folder, side, self.dtype, self.device)
 
     def work(self, length: int) -> float:
-        """The multiplications of a measurement: one prefill of the text, and a pass for every token after it."""
+        """How long a measurement takes, relative to others: a prefill, and a pass for each token after it."""
         return self._work(length - SCORED, length) + SCORED * self._work(1, length)
 
     def _work(self, new: int, length: int) -> float:
         """Of a forward: in units of 4 * hidden_size per layer, in which attention over L keys is L for each query."""
         keys = length - (new - 1) / 2
-        return new * (2 * self.config.hidden_size + 1.5 * self.config.intermediate_size + keys)
+        tokens = STEP if new == 1 else new
+        return tokens * (2 * self.config.hidden_size + 1.5 * self.config.intermediate_size + keys)
 
     @torch.inference_mode()
     def measure(self, model: Any, length: int, number: int, progress: Callable[[float], None]) -> Measured:
