@@ -1,7 +1,7 @@
 """What users and broken files do to the package: fuzzed files, threads, processes, kill -9, and a soak test.
 
     python tests/reliability.py               # full length, 3.5 minutes: `make reliability`
-    python tests/reliability.py --share 0.05  # a twentieth of it
+    python tests/reliability.py --share 0.05  # a twentieth of it, but 500 generations
 
 Prints the figures that docs/reliability.md states; exits with 1 if a check failed. test_reliability.py runs the same
 experiments (tests/support/fuzzing.py, stress.py and processes.py) at a smaller size.
@@ -42,8 +42,10 @@ def report_fuzzing(tiny: Path, scratch: Path, inputs: int) -> bool:
 
 def report_soak(model: Any, generations: int) -> bool:
     equal, slope, megabytes = stress.soak(model, generations)
+    # The allocator's own steps of a megabyte are no leak: at full length 1,024 bytes per generation are allowed.
+    grown = slope * generations * 3 / 4
     text = f"{equal} of {generations} outputs unchanged, {slope:+.0f} bytes per generation, {megabytes:.0f} MB"
-    return check(f"soak: {text}", equal == generations and slope < 1024)
+    return check(f"soak: {text}", equal == generations and grown < 1024 * 1500)
 
 
 def report_concurrency(model: Any, tiny: Path, home: Path, rounds: int) -> bool:
@@ -81,7 +83,8 @@ def main(share: float) -> int:
         return max(1, int(full * share))
 
     passed = (
-        report_soak(model, scaled(2000)),  # first: later, memory that was freed would hide a leak
+        # First: later, memory that was freed would hide a leak. In fewer, caches that fill would look like one.
+        report_soak(model, max(500, scaled(2000))),
         report_concurrency(model, tiny, scratch / "home", scaled(10)),
         report_kills(scratch, scaled(30)),
         report_fuzzing(tiny, scratch, scaled(10_000)),
