@@ -68,7 +68,7 @@ style: $(VENV)/installed ## fix what `quality` finds and can fix
 	$(BIN)/ruff format .
 
 test-evaluation: .venvs/evaluation/installed ## run the tests with lm-eval, offline, in a separate environment
-	.venvs/evaluation/bin/python -m pytest -q -m evaluation tests/test_evaluation.py
+	.venvs/evaluation/bin/python -m pytest -q -m "evaluation and not real" tests/test_evaluation.py
 
 .venvs/evaluation/installed: requirements.txt requirements-dev.txt requirements-evaluation.txt
 	$(PYTHON) -m venv .venvs/evaluation

@@ -353,10 +353,10 @@ class Evaluation:
         with contextlib.suppress(Exception):  # malformed rows: `measure` fails too and reports it
             template = self.lm.apply_chat_template
             task.build_all_requests(limit=probe, rank=0, world_size=1, chat_template=template, **self.prompting)
-        for request in task.instances or ():
-            kind = request.request_type
-            work = work_of(kind, request.args) * request.repeats
-            self.clock.plan(task.task_name, kind, work * samples / probe)
+            for request in task.instances:
+                kind = request.request_type
+                work = work_of(kind, request.args) * request.repeats
+                self.clock.plan(task.task_name, kind, work * samples / probe)
 
     def measure(self, line: Benchmark, task: Task) -> None:
         """Run one task: request the answers that are not cached yet, score all, and store the result."""

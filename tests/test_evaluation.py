@@ -19,6 +19,7 @@ from evaluation import results, run
 from evaluation.card import CARD, CODE_IS_OFF, LOCAL, Benchmark, other, select
 from evaluation.clock import Clock, format_time_left, work_of
 from evaluation.tasks import scoring
+from tools.real_model import REAL_MODEL
 
 from support.paths import GOLDEN, ROOT, TINY
 
@@ -742,6 +743,232 @@ def test_generated_code_is_run_and_scored_if_allowed(tiny_dir: Path, tmp_path: P
     assert "| HumanEval | 50.00 | 50.00 | 25.61 | +24.39 | 0 | pass@1 | 2 |" in ran.stdout
     bars = [line for line in re.split(r"[\r\n]", ran.stderr) if "%|" in line]
     assert bars and all("HumanEval" in line or "elapsed" in line or "Loading data" in line for line in bars)
+
+
+@pytest.mark.evaluation
+def test_the_documented_splits_are_those_that_tasks_read():
+    """docs/evaluation.md says which files `--data` needs, as load_task requires them."""
+    from evaluation import harness
+
+    page = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    documented = {
+        task: set(splits.split(", "))
+        for tasks, splits in re.findall(r"^\| ((?:`\w[\w-]*`(?:, )?)+)[^|]*\| ([a-z, ]+) \|$", page, re.M)
+        for task in re.findall(r"`(.+?)`", tasks)
+    }
+    manager = harness.task_manager(own_only=False)
+    read = {
+        line.task: {
+            split
+            for task in harness.members(manager, line.task).values()
+            for split in harness.splits(harness.config_of(manager, task))
+        }
+        for line in CARD
+    }
+    assert documented == read
+
+
+@pytest.mark.evaluation
+def test_groups_and_tags_are_resolved_with_what_groups_change():
+    """A result under other settings is another result: a group's 25 shots are not the task's none."""
+    from evaluation import harness
+
+    manager = harness.task_manager(own_only=False)
+    assert harness.members(manager, "ai2_arc") == {name: {"task": name} for name in ("arc_challenge", "arc_easy")}
+    openllm = harness.members(manager, "openllm")
+    assert openllm["arc_challenge@openllm"] == {"task": "arc_challenge", "fewshot_split": "train", "num_fewshot": 25}
+    nested = harness.members(manager, "mmlu_continuation")  # four groups that are defined within it, each with a tag
+    assert len(nested) == 57 and "mmlu_anatomy_continuation" in nested
+    assert [line.task for line in harness.others(["ai2_arc", "arc_easy", "openllm"])] == [
+        "arc_challenge",
+        "arc_easy",
+        "openllm",
+    ]
+    assert [line.runs_code for line in harness.others(["humaneval_instruct", "arc_easy"])] == [True, False]
+
+
+@pytest.mark.evaluation
+def test_unknown_names_are_refused_with_similar_ones():
+    with pytest.raises(SystemExit, match=r"has 'arc_esay' \(similar: .*arc_easy.*\), 'qqqqq'\. --list-tasks WORD"):
+        run.main(["--model", "anything", "--tasks", "piqa,arc_esay,qqqqq"])
+
+
+@pytest.mark.evaluation
+def test_tasks_are_listed(capsys):
+    """The card's seventeen and the two local ones, and how many lm-eval has; or the names with a word."""
+    assert run.main(["--list-tasks"]) == 0
+    shown = capsys.readouterr().out
+    for line in (*CARD, *LOCAL):
+        assert re.search(rf"^  {re.escape(line.task)} +{re.escape(line.name)} +{line.shots} shots", shown, re.M)
+    assert re.search(r"lm-eval's others: \d{4,} tasks, \d+ groups, \d+ tags\.", shown)
+    assert run.main(["--list-tasks", "ARC"]) == 0
+    listed = capsys.readouterr().out.splitlines()
+    assert {"  arc_easy (task)", "  ai2_arc (tag)"} <= set(listed)
+    assert all("arc" in line.lower() for line in listed[1:]) and not any("MMLU" in line for line in listed)
+
+
+def choice(number: int) -> dict:
+    """A row in the form of ARC."""
+    choices = {"text": ["A river", "A car", "A key", "A dog"], "label": ["A", "B", "C", "D"]}
+    return {"id": str(number), "question": f"What did we find on day {number}?", "choices": choices, "answerKey": "A"}
+
+
+@pytest.fixture(scope="module")
+def arc(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for --data: two rows for PIQA, and for the two tasks of the tag ai2_arc.
+
+    The training rows are others, as lm-eval takes no example that equals the row it is for.
+    """
+    folder = tmp_path_factory.mktemp("arc")
+    for task, row in (("piqa", ROWS["piqa"]), ("arc_easy", choice(0)), ("arc_challenge", choice(0))):
+        (folder / task).mkdir()
+        for split in ("train", "validation", "test"):
+            rows = [row] * 2
+            if split == "train":
+                rows = (
+                    [choice(7), choice(8)] if task != "piqa" else [row | {"goal": f"on day {day}"} for day in (7, 8)]
+                )
+            text = "".join(json.dumps(each) + "\n" for each in rows)
+            (folder / task / f"{split}.jsonl").write_text(text, encoding="utf-8")
+    return folder
+
+
+@pytest.mark.evaluation
+def test_a_later_run_keeps_the_rows_of_earlier_ones(offline: None, arc: Path, tiny_dir: Path, tmp_path: Path):
+    """In the card's order, then lm-eval's other tasks; the exit code is about what was asked for this time."""
+    data = ("--data", str(arc))
+    code, rows = measured(tmp_path, tiny_dir, "--tasks", "ai2_arc", *data)
+    assert code == 0 and list(rows) == ["arc_challenge", "arc_easy"]
+    assert {(row["metric"], row["shots"], row["samples"]) for row in rows.values()} == {("acc,none", 0, 2)}
+    code, rows = measured(tmp_path, tiny_dir, "--tasks", "humaneval", *data)
+    assert code == 1 and list(rows) == ["humaneval", "arc_challenge", "arc_easy"]
+    code, rows = measured(tmp_path, tiny_dir, "--tasks", "piqa", *data)
+    assert code == 0 and list(rows) == ["piqa", "humaneval", "arc_challenge", "arc_easy"]
+    assert [row["status"] for row in rows.values()] == ["done", "off", "done", "done"]
+    table = (tmp_path / "table.md").read_text(encoding="utf-8")
+    for row in ("| PIQA | ", "| HumanEval | off |", "| arc_challenge | ", f"- HumanEval: off: {CODE_IS_OFF}"):
+        assert f"\n{row}" in table
+
+
+@pytest.mark.evaluation
+def test_shots_and_chat_template_change_the_prompt(
+    offline: None, arc: Path, tiny_dir: Path, tiny_tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Every task gets the number of shots, as turns of a chat if asked; the model sees the template's own tokens."""
+    from evaluation import harness
+
+    seen = []
+    encode = harness.QuietLM._encode_pair
+
+    def watched(self, context: str, continuation: str):
+        ids, more = encode(self, context, continuation)
+        seen.append((context, [*ids, *more]))
+        return ids, more
+
+    monkeypatch.setattr(harness.QuietLM, "_encode_pair", watched)
+    command = ("--tasks", "arc_easy,piqa", "--data", str(arc), "--num-fewshot", "1")
+    code, rows = measured(tmp_path / "plain", tiny_dir, *command)
+    assert code == 0 and {row["shots"] for row in rows.values()} == {1}
+    assert any(
+        re.fullmatch(r"Question: .* day [78]\?\nAnswer: A river\n\nQuestion: .* day 0\?\nAnswer:", s) for s, _ in seen
+    )
+    seen.clear()
+    code, rows = measured(tmp_path / "chat", tiny_dir, *command, "--apply-chat-template")
+    assert code == 0 and {row["shots"] for row in rows.values()} == {1}
+    context, ids = next((context, ids) for context, ids in seen if "day 0" in context)
+    shot = re.search(r"day ([78])", context)
+    assert shot
+    turns = [
+        f"Question: What did we find on day {shot[1]}?\nAnswer:",
+        "A river",
+        "Question: What did we find on day 0?\nAnswer:",
+    ]
+    chat = [{"role": role, "content": text} for role, text in zip(("user", "assistant", "user"), turns, strict=True)]
+    expected = tiny_tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+    assert ids[: len(expected)] == expected
+    with pytest.raises(SystemExit, match="apply_chat_template False, now True"):
+        measured(tmp_path / "plain", tiny_dir, *command, "--apply-chat-template")
+
+
+@pytest.mark.evaluation
+def test_without_a_chat_template_there_is_no_chat(offline: None, arc: Path, tiny_dir: Path, tmp_path: Path):
+    model = shutil.copytree(tiny_dir, tmp_path / "model")
+    (model / "chat_template.jinja").unlink()
+    with pytest.raises(SystemExit, match="has no chat template, which --apply-chat-template needs"):
+        measured(tmp_path / "out", model, "--tasks", "piqa", "--data", str(arc), "--apply-chat-template")
+
+
+@pytest.mark.evaluation
+def test_the_bar_moves_within_a_batch(offline: None, tiny_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """All 64 requests are one batch, whose answers come together at its end: the bar counts its tokens before that."""
+    from evaluation import harness
+
+    shown, answered = [], []
+    show, add = harness.Evaluation.show, harness.NotifyingHook.add_partial
+
+    def watched_show(self) -> None:
+        show(self)
+        shown.append((len(answered), self.bar.n, self.bar.total))
+
+    def watched_add(self, *args) -> None:
+        answered.append(args)
+        add(self, *args)
+
+    monkeypatch.setattr(harness.Evaluation, "show", watched_show)
+    monkeypatch.setattr(harness.NotifyingHook, "add_partial", watched_add)
+    measured(tmp_path, tiny_dir, "--tasks", "internlm_recall", "--batch-size", "64")
+    before = [done for answers_so_far, done, _ in shown if answers_so_far == 0]
+    assert len(before) >= 8 and before == sorted(set(before))  # 12 tokens, unless every answer ends before
+    numbers = [done for _, done, _ in shown]
+    assert numbers == sorted(numbers) and numbers[-1] == pytest.approx(shown[-1][2])
+
+
+@pytest.mark.evaluation
+@pytest.mark.real
+def test_the_real_model_gets_lm_evals_own_samples_and_scores_as_a_llama(
+    humaneval: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """HumanEval's first 4 problems, 64 tokens each, beside the original Llama in lm-eval itself, offline."""
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from transformers import AutoTokenizer, LlamaForCausalLM
+
+    from evaluation import harness
+
+    load = harness.load_task
+
+    def shortened(*args):
+        task = load(*args)
+        task.set_config(key="generation_kwargs", value={"max_gen_toks": 64}, update=True)
+        return task
+
+    with monkeypatch.context() as patch:
+        patch.setattr(harness, "load_task", shortened)
+        patch.setenv("HF_ALLOW_CODE_EVAL", "1")
+        command = ("--tasks", "humaneval", "--data", str(humaneval), "--limit", "4", "--allow-code-execution")
+        code, rows = measured(tmp_path / "out", REAL_MODEL, *command)
+    assert code == 0
+    samples = answers(tmp_path / "out", "humaneval")
+
+    # As docs/evaluation.md describes it: a folder where lm-eval finds the metric and the data by their names.
+    (tmp_path / "openai").mkdir()
+    (tmp_path / "openai" / "openai_humaneval").symlink_to(humaneval / "humaneval", target_is_directory=True)
+    (tmp_path / "code_eval").symlink_to(ROOT / "evaluation" / "code_eval", target_is_directory=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_ALLOW_CODE_EVAL", "1")
+    llama = LlamaForCausalLM.from_pretrained(REAL_MODEL, gguf_file="model.gguf", dtype=torch.float32)
+    theirs = simple_evaluate(
+        HFLM(pretrained=llama, tokenizer=AutoTokenizer.from_pretrained(REAL_MODEL), batch_size=8),
+        tasks=["humaneval"],
+        limit=4,
+        gen_kwargs={"max_gen_toks": 64},
+        task_manager=harness.task_manager(own_only=False),
+        confirm_run_unsafe_code=True,
+    )
+    assert [sample["resps"] for sample in samples] == [sample["resps"] for sample in theirs["samples"]["humaneval"]]
+    assert all(len(sample["resps"][0][0]) > 20 for sample in samples)
+    score, stderr = (theirs["results"]["humaneval"][f"pass@1{key},create_test"] for key in ("", "_stderr"))
+    assert (rows["humaneval"]["ours"], rows["humaneval"]["stderr"]) == (round(100 * score, 2), round(100 * stderr, 2))
 
 
 @pytest.mark.evaluation
