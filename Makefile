@@ -79,7 +79,7 @@ style: $(VENV)/installed ## fix what `quality` finds and can fix
 	$(BIN)/ruff format .
 
 test-evaluation: .venvs/evaluation/installed ## run the tests with lm-eval, offline, in a separate environment
-	.venvs/evaluation/bin/python -m pytest -q -m evaluation tests/test_evaluation.py
+	.venvs/evaluation/bin/python -m pytest -q -m "evaluation and not real" tests/test_evaluation.py
 
 # The tests' own environments are made by uv, which takes a tenth of pip's time.
 UV := $(BIN)/python -m uv pip install --quiet $(addprefix --find-links=,$(PIP_FIND_LINKS))

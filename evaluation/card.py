@@ -18,9 +18,9 @@ class Benchmark:
     dimension: str  # the card's group
     card: float | None  # InternLM-20B's published score in percent; None: not in the card
     task: str  # lm-eval's task, or a group whose tasks are averaged without weights, as in OpenCompass
-    shots: int  # examples in the prompt
-    metric: str  # the key in lm-eval's results: metric,filter
-    split: str  # the split of the data set that is scored
+    shots: int | None  # examples in the prompt; None: as many as lm-eval's task has
+    metric: str | None  # the key in lm-eval's results: metric,filter; None: the first that the task lists
+    split: str | None  # the split of the data set that is scored; None: as in lm-eval's task
     official: str = ""  # how the published score was computed
     differs: str = ""  # what is done differently here
     official_samples: int | None = None  # the number of samples behind the published score
@@ -141,22 +141,30 @@ LOCAL = (
     Benchmark("Recall (local)", "Local", None, "internlm_recall", 0, "exact_match,none", "test"),
 )
 
+OTHER = "Other"
+
+
+def other(task: str, runs_code: bool = False) -> Benchmark:
+    """Any other task or group of lm-eval, as it is there."""
+    return Benchmark(task, OTHER, None, task, None, None, None, runs_code=runs_code)
+
+
 CODE_IS_OFF = "scoring runs generated Python code on this machine; --allow-code-execution enables it"
 
 
-def select(names: str) -> list[Benchmark]:
+def select(names: str) -> tuple[list[Benchmark], list[str]]:
     """The benchmarks selected by `--tasks`: all (the card's), local, or a list of card or task names in any case.
 
+    Returns:
+        The benchmarks, and the names that are none of them: lm-eval's other tasks, or mistakes.
+
     Raises:
-        SystemExit: A name is unknown; the message lists the valid ones.
+        SystemExit: There is no name.
     """
     known = {key.lower(): (line,) for line in (*CARD, *LOCAL) for key in (line.name, line.task)}
     known |= {"all": CARD, "local": LOCAL}
-    wanted = [name.strip().lower() for name in names.split(",") if name.strip()]
-    unknown = [name for name in wanted if name not in known]
-    if unknown or not wanted:
-        listed = ", ".join(line.task for line in (*CARD, *LOCAL))
-        raise SystemExit(
-            f"--tasks: no benchmark is called {unknown or names!r}. Valid are all, local, or any of: {listed}"
-        )
-    return list(dict.fromkeys(line for name in wanted for line in known[name]))
+    wanted = list(dict.fromkeys(name.strip() for name in names.split(",") if name.strip()))
+    if not wanted:
+        raise SystemExit(f"--tasks: {names!r} has no name of a task; --list-tasks lists them")
+    lines = dict.fromkeys(line for name in wanted for line in known.get(name.lower(), ()))
+    return list(lines), [name for name in wanted if name.lower() not in known]

@@ -18,32 +18,43 @@ class Clock:
     def __init__(self) -> None:
         self._pending: dict[str, dict[str, float]] = {}  # task -> kind -> characters
         self._speed: dict[str, tuple[float, float]] = {}  # kind -> characters answered, seconds taken
+        self._running = ("", 0.0, 0.0)  # of a batch without answers so far: its kind, characters done, seconds taken
 
     def plan(self, task: str, kind: str, work: float) -> None:
         kinds = self._pending.setdefault(task, {})
         kinds[kind] = kinds.get(kind, 0.0) + work
+
+    def running(self, kind: str, work: float, seconds: float) -> None:
+        """How far the batch is that is running."""
+        self._running = kind, work, seconds
 
     def answered(self, task: str, kind: str, work: float, seconds: float) -> None:
         kinds = self._pending[task]
         kinds[kind] = max(0.0, kinds.get(kind, 0.0) - work)
         done, took = self._speed.get(kind, (0.0, 0.0))
         self._speed[kind] = (done + work, took + seconds)
+        self._running = ("", 0.0, 0.0)
 
     def finished(self, task: str) -> None:
         """Drop whatever is still pending for this task."""
         self._pending.pop(task, None)
+        self._running = ("", 0.0, 0.0)
 
     def work_left(self) -> float:
-        return sum(work for kinds in self._pending.values() for work in kinds.values())
+        return sum(work for kinds in self._pending.values() for work in kinds.values()) - self._running[1]
 
     def seconds_left(self) -> float | None:
         """None until something was measured; a kind not measured yet is assumed to be as slow as the slowest."""
-        speeds = {kind: seconds / work for kind, (work, seconds) in self._speed.items() if work}
+        running, running_work, running_seconds = self._running
+        done, took = self._speed.get(running, (0.0, 0.0))
+        measured = self._speed | {running: (done + running_work, took + running_seconds)}
+        speeds = {kind: seconds / work for kind, (work, seconds) in measured.items() if work}
         if not speeds:
             return None
         slowest = max(speeds.values())
-        return sum(
-            work * speeds.get(kind, slowest) for kinds in self._pending.values() for kind, work in kinds.items()
+        pending = [(kind, work) for kinds in self._pending.values() for kind, work in kinds.items()]
+        return sum(work * speeds.get(kind, slowest) for kind, work in pending) - running_work * speeds.get(
+            running, 0.0
         )
 
 

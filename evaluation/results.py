@@ -6,12 +6,13 @@ and the next run skips the complete ones.
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from evaluation.card import Benchmark
+from evaluation.card import OTHER, Benchmark
 
 
 def write_atomic(path: Path, text: str) -> None:
@@ -39,7 +40,7 @@ def fingerprint(folder: Path) -> str:
 
 
 class Store:
-    """The folder of one evaluation: settings.json, raw/, cache/, table.md, table.json."""
+    """The folder of one evaluation: settings.json, selected.json, raw/, cache/, table.md, table.json."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -65,6 +66,22 @@ class Store:
                 )
         write_atomic(path, json.dumps(settings, indent=2) + "\n")
 
+    def select(self, tasks: dict[str, list[str]], problems: dict[str, str]) -> dict[str, dict[str, Any]]:
+        """Record what was run here, so that the table also has the benchmarks of earlier runs.
+
+        Args:
+            tasks: Benchmark's task -> names of its results.
+            problems: Benchmark's task -> why it has no score, as "word: reason".
+
+        Returns:
+            Benchmark's task -> {"tasks": its results, "problem": a reason or None}, of all runs.
+        """
+        path = self.folder / "selected.json"
+        selected = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        selected |= {task: {"tasks": names, "problem": problems.get(task)} for task, names in tasks.items()}
+        write_atomic(path, json.dumps(selected, indent=2) + "\n")
+        return selected
+
     def cache(self, task: str) -> Path:
         """Where lm-eval caches the answers of an unfinished task (it appends `_rank0.db`)."""
         return self.folder / "cache" / task
@@ -82,32 +99,58 @@ class Store:
         self.cache(task).with_name(f"{task}_rank0.db").unlink(missing_ok=True)
 
 
-def summarise(line: Benchmark, tasks: list[str], store: Store, problem: str | None = None) -> dict[str, Any]:
-    """One row of the table: the unweighted mean over the benchmark's tasks in percent, or why there is none.
+def summarise(
+    line: Benchmark, tasks: list[str], store: Store, problem: str | None = None, shots: int | None = None
+) -> dict[str, Any]:
+    """One row of the table: the unweighted mean over the benchmark's tasks, or why there is none.
+
+    It and its standard error are in percent; those of a task that is not the card's are lm-eval's own values.
 
     Args:
         line: The benchmark.
-        tasks: Names of its lm-eval tasks; more than one where `line.task` is a group.
+        tasks: Names of its results; more than one where `line.task` is a group.
         store: Where the results are.
         problem: Why it did not run, as "word: reason".
+        shots: The number set by --num-fewshot.
     """
     done = [result for result in map(store.result, tasks) if result]
+    own_shots = {result["shots"] for result in done} if line.shots is None else {line.shots}
+    metrics = {result["metric"] for result in done} if line.metric is None else {line.metric}
     row = {
-        **{key: getattr(line, key) for key in ("dimension", "card", "task", "shots", "metric", "split")},
-        **{key: getattr(line, key) for key in ("official", "differs", "official_samples")},
+        **{
+            key: getattr(line, key) for key in ("dimension", "card", "task", "official", "differs", "official_samples")
+        },
         "benchmark": line.name,
+        "shots": shots if shots is not None else own_shots.pop() if len(own_shots) == 1 else None,
+        "metric": metrics.pop() if len(metrics) == 1 else None,
+        "split": line.split or (done[0]["split"] if done else None),
         "samples": sum(result["samples"] for result in done),
         "cut": sum(result["cut"] for result in done),
         "ours": None,
+        "stderr": None,
         "difference": None,
     }
-    if len(done) == len(tasks):
-        ours = 100 * sum(result["metrics"][line.metric] for result in done) / len(tasks)
+    if len(done) == len(tasks) and row["metric"]:
+        scale, decimals = (1, 4) if line.dimension == OTHER else (100, 2)
+        ours = scale * sum(result["metrics"][row["metric"]] for result in done) / len(tasks)
+        errors = [result["metrics"].get(row["metric"].replace(",", "_stderr,")) for result in done]
+        # The tasks' errors are independent: the variance of their mean is the sum of their variances by n squared.
+        stderr = None if None in errors else round(scale * math.hypot(*errors) / len(tasks), decimals)
         difference = None if line.card is None else round(ours - line.card, 2)
-        return row | {"status": "done", "reason": "", "ours": round(ours, 2), "difference": difference}
+        scores = {"ours": round(ours, decimals), "stderr": stderr, "difference": difference}
+        return row | {"status": "done", "reason": "", **scores}
+    if len(done) == len(tasks):
+        problem = f"no common metric: its tasks have {', '.join(sorted(metrics))}; their scores are in raw/"
     status, _, reason = (problem or "not run yet").partition(": ")
-    so_far = f"{len(done)} of {len(tasks)} tasks done" if len(tasks) > 1 else ""
+    so_far = f"{len(done)} of {len(tasks)} tasks done" if len(done) < len(tasks) > 1 else ""
     return row | {"status": status, "reason": "; ".join(filter(None, (reason, so_far)))}
+
+
+def table(head: str, right: str, rows: list[list[str]]) -> list[str]:
+    """The lines of a table in Markdown; `right` names the columns of numbers."""
+    columns = head.split(" | ")
+    marks = ("---:" if column in right.split(" | ") else "---" for column in columns)
+    return [f"| {head} |", f"|{'|'.join(marks)}|", *(f"| {' | '.join(row)} |" for row in rows)]
 
 
 def markdown(rows: list[dict[str, Any]], settings: dict[str, Any]) -> str:
@@ -116,16 +159,25 @@ def markdown(rows: list[dict[str, Any]], settings: dict[str, Any]) -> str:
     def number(value: float | None, form: str = ".2f") -> str:
         return "-" if value is None else format(value, form)
 
-    lines = [
-        "| Benchmark | Ours | Card | Difference | Shots | Metric | Samples |",
-        "|---|---:|---:|---:|---:|---|---:|",
+    def cells(row: dict[str, Any], form: str, card: list[str]) -> list[str]:
+        ours = number(row["ours"], form) if row["status"] == "done" else row["status"]
+        metric = (row["metric"] or "-").partition(",")[0]
+        shots, samples = number(row["shots"], "d"), number(row["samples"] or None, "d")
+        return [row["benchmark"], ours, number(row["stderr"], form), *card, shots, metric, samples]
+
+    right = "Ours | Score | Stderr | Card | Difference | Shots | Samples"
+    others = [cells(row, ".4f", []) for row in rows if row["dimension"] == OTHER]
+    listed = [
+        cells(row, ".2f", [number(row["card"]), number(row["difference"], "+.2f")])
+        for row in rows
+        if row["dimension"] != OTHER
     ]
-    for row in rows:
-        ours = number(row["ours"]) if row["status"] == "done" else row["status"]
-        lines.append(
-            f"| {row['benchmark']} | {ours} | {number(row['card'])} | {number(row['difference'], '+.2f')} "
-            f"| {row['shots']} | {row['metric'].split(',')[0]} | {row['samples'] or '-'} |"
-        )
+    lines = []
+    if listed or not others:
+        lines += table("Benchmark | Ours | Stderr | Card | Difference | Shots | Metric | Samples", right, listed)
+    if others:
+        lines += ["", "Other tasks of lm-eval, with its own values:", ""] if lines else []
+        lines += table("Task | Score | Stderr | Shots | Metric | Samples", right, others)
     if settings.get("limit"):
         lines += [
             "",
@@ -140,7 +192,8 @@ def markdown(rows: list[dict[str, Any]], settings: dict[str, Any]) -> str:
             "",
             *cut,
         ]
-    lines += ["", "Measured with " + ", ".join(f"{key} {value}" for key, value in settings.items() if value) + "."]
+    chosen = [f"{key} {value}" for key, value in settings.items() if value is not None and value is not False]
+    lines += ["", "Measured with " + ", ".join(chosen) + "."]
     notes = [
         f"- {row['benchmark']}: {row['official']}{row['differs'] and '. Here: '}{row['differs']}."
         for row in rows
