@@ -33,11 +33,12 @@ def test_a_text_that_is_too_short_is_refused():
 
 
 def test_sums_of_a_window():
-    """Of two positions: equal logits, of which three tokens are equally likely; and opposite ones."""
-    original = torch.tensor([[0.0, 0.0, 0.0, -1e4], [3.0, 4.0, 0.0, 0.0]])
-    cosine, same, loss = compare(torch.stack([original[0], -original[1]]), original, [1, 2]).tolist()
-    assert (cosine, same) == (0.0, 1.0)
-    assert loss == pytest.approx(math.log(3) + math.log(math.exp(-3) + math.exp(-4) + 2))
+    """Of three positions: twice equal logits, of which three tokens are equally likely; and opposite ones."""
+    level, steep = torch.tensor([0.0, 0.0, 0.0, -1e4]), torch.tensor([3.0, 4.0, 0.0, 0.0])
+    original, logits = torch.stack([level, level, steep]), torch.stack([level, level, -steep])
+    cosine, same, loss = compare(logits, original, [1, 0, 2]).tolist()
+    assert (cosine, same) == (1.0, 2.0)
+    assert loss == pytest.approx(2 * math.log(3) + math.log(math.exp(-3) + math.exp(-4) + 2))
 
 
 @torch.no_grad()
