@@ -15,6 +15,7 @@ the same token ids.
 
 import argparse
 import json
+import logging
 import math
 import os
 import platform
@@ -315,8 +316,8 @@ def main() -> None:
         "--out", type=Path, help=f"result file (default: benchmarks/results/{NAME}, or build/ with --model)"
     )
     arguments = made.parse_args()
-    transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    logging.disable(logging.WARNING)  # the libraries' lines for every layer would hide the progress
 
     folder = Path(complete_model(arguments.model)) if arguments.model else real_model()
     config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
