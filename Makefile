@@ -9,7 +9,7 @@ export PYTHONUNBUFFERED := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo chat web test serve quality style real test-real test-gpu test-evaluation test-ecosystem test-web test-vllm test-llamacpp matrix mutation bench bench-llamacpp tiny long-context reliability reliability-serving
+.PHONY: help demo chat web test serve quality style real test-real test-gpu test-evaluation test-ecosystem test-web test-vllm test-llamacpp matrix mutation bench bench-llamacpp tiny long-context quantising reliability reliability-serving
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 22
@@ -144,6 +144,11 @@ bench-llamacpp: .venvs/llamacpp/installed ## measure against llama.cpp on a real
 
 long-context: $(VENV)/installed ## measure loss and recall beyond the window: docs/long-context-results.md (MODEL=build/smollm2)
 	$(BIN)/python tools/measure_long_context.py $${MODEL:+--model "$$MODEL"} $$ARGS
+
+# llama.cpp's environment first: it can also make the real model.
+quantising: .venvs/llamacpp/installed .venvs/ecosystem/installed ## measure quantised models on real text: docs/compatibility.md (MODEL=path-or-repo-id for yours), about an hour
+	for name in llamacpp ecosystem; do \
+		.venvs/$$name/bin/python tools/measure_quantising.py $${MODEL:+--model "$$MODEL"} || exit 1; done
 
 reliability: $(VENV)/installed ## run fuzzing, concurrency, kill -9 and soak tests at full length: docs/reliability.md
 	$(BIN)/python -m pytest -q -m slow -n 2

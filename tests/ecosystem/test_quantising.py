@@ -1,20 +1,23 @@
 """Quantised by each library: close to the original, able to generate, unchanged by saving and loading.
 
-The test prints the rows of the table in docs/compatibility.md; QUANTISED holds the limits.
+QUANTISED holds the limits, of the tiny model; tools/measure_quantising.py measures a real one.
 """
 
-import os
+import json
+import subprocess
+import sys
 from typing import NamedTuple
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPTQConfig, QuantizedCache, TorchAoConfig
+from transformers import AutoModelForCausalLM, GPTQConfig, QuantizedCache
+
+from tools.measure_quantising import saved_tensors, settings, sizes
+
+from support.paths import ROOT
 
 
 pytestmark = pytest.mark.ecosystem
-# Use plain Python and torch: gptqmodel would compile C++ for packing and, on a CPU, for every layer.
-os.environ["GPTQMODEL_DISABLE_PACK_EXT"] = "1"
-torch.compiler.set_stance("force_eager")
 
 TEXT = (
     "Coming to the beautiful nature, we found a white swallow. The swallow was not afraid of people. The spring rain "
@@ -44,32 +47,6 @@ QUANTISED = {
 }
 
 
-def settings(name: str, tokenizer):
-    """The quantization_config of one library."""
-    if name == "bitsandbytes 8-bit":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    if name == "bitsandbytes nf4":
-        return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
-    if name == "torchao int8":
-        from torchao.quantization import Int8WeightOnlyConfig
-
-        return TorchAoConfig(Int8WeightOnlyConfig())
-    bits = int(name.removeprefix("GPTQ ")[0])
-    return GPTQConfig(bits=bits, group_size=128, dataset=CALIBRATION, tokenizer=tokenizer)
-
-
-def layer_bytes(folder) -> int:
-    """Bytes of the decoder layers in a folder's safetensors files; embedding and head are not quantised."""
-    from safetensors import safe_open
-
-    total = 0
-    for path in folder.glob("*.safetensors"):
-        with safe_open(path, "pt") as file:
-            tensors = [file.get_tensor(key) for key in file.keys() if ".layers." in key]  # noqa: SIM118
-            total += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-    return total
-
-
 def mean_cosine(one: torch.Tensor, other: torch.Tensor) -> float:
     return torch.nn.functional.cosine_similarity(one, other, dim=-1).mean().item()
 
@@ -80,16 +57,14 @@ def test_quantised(tiny_dir, tiny_model, tiny_tokenizer, tmp_path, name):
     expected, inputs = QUANTISED[name], tiny_tokenizer(TEXT, return_tensors="pt")
     where = {"trust_remote_code": True, "device_map": "cpu"}
     model = AutoModelForCausalLM.from_pretrained(
-        tiny_dir, dtype=torch.float32, quantization_config=settings(name, tiny_tokenizer), **where
+        tiny_dir, dtype=torch.float32, quantization_config=settings(name, tiny_dir, CALIBRATION), **where
     )
     model.save_pretrained(tmp_path)  # before its first forward: bitsandbytes repacks 4-bit weights there
     logits, original = model(**inputs).logits.float()[0], tiny_model(**inputs).logits[0]
     cosine = mean_cosine(logits, original)
     tiny_model.save_pretrained(tmp_path / "float32")
-    ratio = layer_bytes(tmp_path) / layer_bytes(tmp_path / "float32")
-    agree = (logits.argmax(-1) == original.argmax(-1)).float().mean().item()
-    print(f"\n| {name} | {cosine:.4f} | {agree:.0%} | {1 / ratio:.1f}x |")  # a row of docs/compatibility.md
-    assert cosine >= expected.cosine and ratio <= expected.ratio
+    quantised, float32 = (sizes(saved_tensors(folder))["layer_bytes"] for folder in (tmp_path, tmp_path / "float32"))
+    assert cosine >= expected.cosine and quantised / float32 <= expected.ratio
 
     if name.startswith("GPTQ"):
         # The layers were inserted after eval(), so they are still in training mode and compute in float32. Reloaded
@@ -115,3 +90,23 @@ def test_quantised_cache(tiny_model, tiny_tokenizer):
     cache = QuantizedCache("hqq", tiny_model.config, nbits=4, axis_key=1, axis_value=1, residual_length=64)
     quantised = tiny_model.generate(ids, cache=cache, **run)[0, 240:]
     assert (plain == quantised).float().mean() > 0.8
+
+
+def test_the_tool_measures_a_model(tiny_dir, tmp_path):
+    """Its whole run: the original's row and the method's, with their versions; a second run measures nothing."""
+    out = tmp_path / "results.json"
+    command = [sys.executable, "tools/measure_quantising.py", "--model", tiny_dir, "--tokens", "512", "--out", out]
+    for _ in range(2):
+        run = subprocess.run(
+            [*command, "--only", "torchao int8", "GGUF f32"], cwd=ROOT, capture_output=True, text=True
+        )
+        assert run.returncode == 0, run.stderr
+        assert "\nGGUF f32 is missing: this environment lacks llama-cpp-python\n" in run.stdout
+    assert "window/s" not in run.stderr
+    original, quantised = json.loads(out.read_text())["rows"]
+    assert (original["case"], quantised["case"]) == ("float32", "torchao int8")
+    assert original["cosine"] == pytest.approx(1) and original["same_token"] == 1
+    assert 0.999 < quantised["cosine"] < 0.99999 and quantised["perplexity"] != original["perplexity"]
+    assert quantised["perplexity"] == pytest.approx(original["perplexity"], rel=0.02)
+    assert quantised["layer_types"]["int8"] * 4 < original["layer_bytes"] < quantised["layer_bytes"] * 4
+    assert "torchao" in quantised["versions"]

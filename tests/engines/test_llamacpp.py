@@ -246,6 +246,18 @@ def test_quantised_gguf_loses_little(tiny_dir, tiny_model, tiny_tokenizer, tmp_p
     }
 
 
+def test_quantising_is_measured_on_the_same_model(tiny_dir, tmp_path):
+    """tools/measure_quantising.py: in float32, llama.cpp has the original's logits; in Q8_0 almost."""
+    out = tmp_path / "results.json"
+    methods = ("GGUF f32", "GGUF q8_0")
+    run("tools/measure_quantising.py", "--model", tiny_dir, "--tokens", 512, "--out", out, "--only", *methods)
+    original, f32, q8_0 = json.loads(out.read_text())["rows"]
+    assert f32["cosine"] == pytest.approx(1, abs=1e-6) and f32["same_token"] == 1
+    assert f32["perplexity"] == pytest.approx(original["perplexity"], rel=1e-4)
+    assert (f32["bytes"], f32["layer_bytes"]) == (original["bytes"], original["layer_bytes"])
+    assert 0.999 < q8_0["cosine"] < 0.99999 and q8_0["layer_bytes"] * 3.5 < f32["layer_bytes"]
+
+
 def wide_checkpoint(folder: Path) -> Path:
     """Pickles of 2023 of a base model with biases, whose rows are multiples of 256; more rows than pieces."""
     sizes = {"hidden_size": 256, "intermediate_size": 512, "vocab_size": 2304, "num_hidden_layers": 2}
