@@ -19,7 +19,7 @@ from evaluation import results, run
 from evaluation.card import CARD, CODE_IS_OFF, LOCAL, Benchmark, other, select
 from evaluation.clock import Clock, format_time_left, work_of
 from evaluation.tasks import scoring
-from tools.real_model import REAL_MODEL
+from tools.package import REAL
 
 from support.paths import GOLDEN, ROOT, TINY
 
@@ -946,7 +946,7 @@ def test_the_real_model_gets_lm_evals_own_samples_and_scores_as_a_llama(
         patch.setattr(harness, "load_task", shortened)
         patch.setenv("HF_ALLOW_CODE_EVAL", "1")
         command = ("--tasks", "humaneval", "--data", str(humaneval), "--limit", "4", "--allow-code-execution")
-        code, rows = measured(tmp_path / "out", REAL_MODEL, *command)
+        code, rows = measured(tmp_path / "out", REAL, *command)
     assert code == 0
     samples = answers(tmp_path / "out", "humaneval")
 
@@ -956,9 +956,9 @@ def test_the_real_model_gets_lm_evals_own_samples_and_scores_as_a_llama(
     (tmp_path / "code_eval").symlink_to(ROOT / "evaluation" / "code_eval", target_is_directory=True)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_ALLOW_CODE_EVAL", "1")
-    llama = LlamaForCausalLM.from_pretrained(REAL_MODEL, gguf_file="model.gguf", dtype=torch.float32)
+    llama = LlamaForCausalLM.from_pretrained(REAL, gguf_file="model.gguf", dtype=torch.float32)
     theirs = simple_evaluate(
-        HFLM(pretrained=llama, tokenizer=AutoTokenizer.from_pretrained(REAL_MODEL), batch_size=8),
+        HFLM(pretrained=llama, tokenizer=AutoTokenizer.from_pretrained(REAL), batch_size=8),
         tasks=["humaneval"],
         limit=4,
         gen_kwargs={"max_gen_toks": 64},
