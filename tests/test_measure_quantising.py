@@ -95,9 +95,10 @@ def test_a_run_continues_an_earlier_one(tmp_path, monkeypatch):
     rows = json.loads(path.read_text())["rows"]
     assert [row["case"] for row in rows] == [ORIGINAL, "torchao int8"]
     assert rows[1]["versions"] == {"torch": torch.__version__} and rows[1]["environment"]["cores"]
-    assert table(rows).splitlines()[3] == (
-        f"| torchao int8 | torch {torch.__version__} | 1.0000 | 98.8% | 10.13 | 1 MB, 4.0x | 0 MB, 4.0x |"
-    )
+    assert table(rows).splitlines()[4:6] == [
+        "| bitsandbytes nf4 | – | – | – | – | – | – |",
+        f"| torchao int8 | torch {torch.__version__} | 1.0000 | 98.8% | 10.13 | 1 MB, 4.0x | 0 MB, 4.0x |",
+    ]
     with pytest.raises(SystemExit, match=r"has results of .*'tokens': 8.*and these would be of .*'tokens': 4"):
         Results(path, setting | {"tokens": 4})
 

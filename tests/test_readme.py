@@ -12,7 +12,9 @@ import pytest
 import torch
 import yaml
 
+from benchmarks.report import RESULTS
 from tools.matrix import TORCH_VERSIONS, VERSIONS
+from tools.measure_quantising import NAME, ORIGINAL, table
 from tools.training_memory import memory
 
 from support.pages import blocks, run_blocks
@@ -288,8 +290,16 @@ def test_pytest_selections_match_a_test(name: str):
 
 def test_generated_blocks_are_marked():
     """Each block that a tool rewrites is marked exactly once."""
-    for page, mark in (("README.md", "matrix"), ("README.md", "speed"), ("docs/compatibility.md", "torch")):
+    marks = [("README.md", "matrix"), ("README.md", "speed"), ("docs/compatibility.md", "torch")]
+    for page, mark in (*marks, ("docs/compatibility.md", "quantised")):
         assert re.findall(rf"<!-- (/?{mark}) -->", PAGES[page]) == [mark, f"/{mark}"]
+
+
+def test_the_table_of_quantised_models_is_that_of_its_results():
+    """Generated from the result file of the real model."""
+    rows = json.loads((RESULTS / NAME).read_text(encoding="utf-8"))["rows"]
+    assert rows[0]["case"] == ORIGINAL
+    assert f"<!-- quantised -->\n{table(rows)}\n<!-- /quantised -->" in PAGES["docs/compatibility.md"]
 
 
 def test_every_page_names_the_range_of_torch_that_the_table_shows():
