@@ -741,8 +741,9 @@ def test_generated_code_is_run_and_scored_if_allowed(tiny_dir: Path, tmp_path: P
     )
     assert ran.returncode == 0, ran.stderr
     assert "| HumanEval | 50.00 | 50.00 | 25.61 | +24.39 | 0 | pass@1 | 2 |" in ran.stdout
-    bars = [line for line in re.split(r"[\r\n]", ran.stderr) if "%|" in line]
-    assert bars and all("HumanEval" in line or "elapsed" in line or "Loading data" in line for line in bars)
+    assert "HumanEval humaneval:" in ran.stderr
+    for other_bar in ("Checking cached requests", "Generating test split", "Loading weights"):
+        assert other_bar not in ran.stderr
 
 
 @pytest.mark.evaluation
@@ -958,7 +959,9 @@ def test_the_real_model_gets_lm_evals_own_samples_and_scores_as_a_llama(
     monkeypatch.setenv("HF_ALLOW_CODE_EVAL", "1")
     llama = LlamaForCausalLM.from_pretrained(REAL, gguf_file="model.gguf", dtype=torch.float32)
     theirs = simple_evaluate(
-        HFLM(pretrained=llama, tokenizer=AutoTokenizer.from_pretrained(REAL), batch_size=8),
+        HFLM(
+            pretrained=llama, tokenizer=AutoTokenizer.from_pretrained(REAL, trust_remote_code=True), batch_size=8
+        ),
         tasks=["humaneval"],
         limit=4,
         gen_kwargs={"max_gen_toks": 64},
@@ -966,7 +969,8 @@ def test_the_real_model_gets_lm_evals_own_samples_and_scores_as_a_llama(
         confirm_run_unsafe_code=True,
     )
     assert [sample["resps"] for sample in samples] == [sample["resps"] for sample in theirs["samples"]["humaneval"]]
-    assert all(len(sample["resps"][0][0]) > 20 for sample in samples)
+    # Two of the four prompts are answered with text, two end at once: the model is trained for chats.
+    assert sum(len(sample["resps"][0][0]) > 100 for sample in samples) == 2
     score, stderr = (theirs["results"]["humaneval"][f"pass@1{key},create_test"] for key in ("", "_stderr"))
     assert (rows["humaneval"]["ours"], rows["humaneval"]["stderr"]) == (round(100 * score, 2), round(100 * stderr, 2))
 
