@@ -959,9 +959,7 @@ def test_the_real_model_gets_lm_evals_own_samples_and_scores_as_a_llama(
     monkeypatch.setenv("HF_ALLOW_CODE_EVAL", "1")
     llama = LlamaForCausalLM.from_pretrained(REAL, gguf_file="model.gguf", dtype=torch.float32)
     theirs = simple_evaluate(
-        HFLM(
-            pretrained=llama, tokenizer=AutoTokenizer.from_pretrained(REAL, trust_remote_code=True), batch_size=8
-        ),
+        HFLM(pretrained=llama, tokenizer=AutoTokenizer.from_pretrained(REAL, trust_remote_code=True), batch_size=8),
         tasks=["humaneval"],
         limit=4,
         gen_kwargs={"max_gen_toks": 64},
