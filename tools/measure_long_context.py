@@ -165,7 +165,7 @@ def main(argv: list[str] | None = None) -> None:
         "Python": platform.python_version(),
     }
     name, settings = NAMES.get(folder, folder.name), {**subject.settings, **versions}
-    store = Store(ROOT / "build" / f"long-context-{folder.name}.json", settings)
+    store = Store(options.out / f".long-context-{folder.name}.json", settings)
     cells = measure(subject, store)
     results = options.out / "long-context-results.json"
     others = json.loads(results.read_text(encoding="utf-8"))["models"] if results.exists() else []
