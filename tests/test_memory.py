@@ -56,6 +56,7 @@ def test_a_decode_step_beyond_the_window_copies_the_keys_of_a_few_layers_at_most
     assert use.peak < 6 * LAYER_KEYS < KEY_CACHE / 2
 
 
+@pytest.mark.timeout(1200)  # bfloat16 takes minutes on a CPU that has no instructions for it
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_loss_holds_one_float32_copy_of_the_logits(dtype):
     """Besides the logits and their gradient in the model's dtype, which a training step needs anyway."""
