@@ -111,6 +111,8 @@ def shape_of(folder: Path) -> Shape:
         vocab=config.vocab_size,
         window=config.max_position_embeddings,
         bias=config.bias,
+        base=config.rotary["base"],
+        eps=config.rms_norm_eps,
     )
 
 

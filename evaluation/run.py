@@ -30,15 +30,9 @@ from huggingface_hub import snapshot_download
 
 from evaluation.card import CARD, CODE_IS_OFF, LOCAL, Benchmark, other, select
 from evaluation.results import Store, fingerprint, markdown, summarise, write_atomic
+from tools.arguments import positive
 from tools.model_folder import complete_model
 from tools.package import ROOT
-
-
-def positive(text: str) -> int:
-    """A positive integer; `argparse` adds the option's name to the error."""
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
-    return int(text)
 
 
 def shots(text: str) -> int:

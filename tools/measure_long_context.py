@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from tools.arguments import positive
 from tools.convert.files import json_bytes, new_file
 from tools.long_context import tiny
 from tools.long_context.page import Result, draw, page
@@ -63,14 +64,17 @@ class Store:
 
 def measure(subject: Tiny | Real, store: Store) -> dict[str, Measured]:
     """Measure all sides at all lengths, document by document. Returns the measurements by side, length and number."""
-    wanted = [
-        (side, length, number) for number in range(subject.passes) for length in subject.lengths for side in SIDES
-    ]
+    wanted = {
+        f"{side} {length} {number}": (side, length, number)
+        for number in range(subject.passes)
+        for length in subject.lengths
+        for side in SIDES
+    }
     loaded: tuple[str, Any] = ("", None)
     bar_format = "{desc}{percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
-    with tqdm(total=sum(subject.work(length) for _, length, _ in wanted), bar_format=bar_format) as bar:
-        for side, length, number in wanted:
-            name, end = f"{side} {length} {number}", bar.n + subject.work(length)
+    with tqdm(total=sum(subject.work(length) for _, length, _ in wanted.values()), bar_format=bar_format) as bar:
+        for name, (side, length, number) in wanted.items():
+            end = bar.n + subject.work(length)
             if name not in store.cells:
                 bar.set_postfix_str(f"{SIDES[side]}, {length:,} tokens")
                 if loaded[0] != side:
@@ -80,7 +84,7 @@ def measure(subject: Tiny | Real, store: Store) -> dict[str, Measured]:
             else:
                 bar.initial += subject.work(length)  # not part of the speed
             bar.update(end - bar.n)
-    return {name: store.cells[name] for name in (f"{side} {length} {number}" for side, length, number in wanted)}
+    return {name: store.cells[name] for name in wanted}
 
 
 def result_of(stored: dict[str, Any]) -> Result:
@@ -112,13 +116,6 @@ def write(out: Path, results: list[dict[str, Any]]) -> str:
         file.write(json_bytes({"models": ordered}, sort_keys=False))
     picture.with_suffix(".md").write_text(text, encoding="utf-8")
     return text
-
-
-def positive(text: str) -> int:
-    """A positive integer; `argparse` adds the option's name to the error."""
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
-    return int(text)
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:

@@ -45,6 +45,7 @@ from transformers import (
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.report import QUICK_RESULTS, RESULTS, environment
+from tools.convert.files import new_file
 from tools.matrix import markdown, write
 from tools.model_folder import complete_model
 from tools.real_model import real_model
@@ -266,7 +267,8 @@ class Results:
         rows = [self.rows[each] for each in METHODS if each in self.rows]
         content = {"benchmark": "quantising", "setting": self.setting, "rows": rows}
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        with new_file(self.path) as file:  # a run that is killed loses no row
+            file.write((json.dumps(content, indent=1) + "\n").encode())
 
 
 def table(rows: list[dict[str, Any]]) -> str:

