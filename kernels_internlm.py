@@ -1,4 +1,4 @@
-"""Triton kernels for CUDA: attention of one new token in a single pass over the cache, and the rotation in place.
+"""Triton kernels for CUDA: attention of one new token in a single pass over the cache, the rotation, and SwiGLU.
 
 The plain expressions in rotary_internlm.py are their reference, and what runs wherever `usable` says no. Triton comes
 with torch's CUDA builds; it needs a C compiler when a kernel is launched for the first time.
@@ -10,11 +10,12 @@ Shapes: B batch, H heads, K keys including the new one, Q new tokens, D head_dim
 # pyright: reportInvalidTypeForm=false
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers.utils import logging
 
+from .compat_internlm import is_compiling
 from .positions_internlm import SeenKeys
 
 
@@ -37,17 +38,25 @@ _BLOCK = 16  # keys that a program of the read takes at a time
 _READ_WARPS = 4
 _PROGRAMS_PER_CORE = 4  # of the read, on each multiprocessor
 _HEADS_AT_A_TIME = 16  # of the rotation
+_SILU_BLOCK = 1024  # elements
+_TYPICAL_CORES = 132  # of an H100 and an H200
 # By device index: how many multiprocessors there are, 0 where kernels cannot be launched.
 _cores: dict[int | None, int] = {}
 
 
-def usable(tensor: torch.Tensor) -> bool:
-    """Whether the kernels run on this tensor's device. The first call for a device launches one."""
+def usable(tensor: torch.Tensor, compiled: bool = False) -> bool:
+    """Whether the kernels run on this tensor's device. The first call for a device launches one.
+
+    Args:
+        compiled: Whether torch.compile shall call the kernel, too. It makes its own of rotations and products, but
+            needs several for the read.
+    """
     if triton is None or tensor.device.type not in _DEVICE_TYPES or torch.is_grad_enabled():
         return False
-    # A compiler gets the plain expressions: a compiled model with the kernels has not been run on a GPU.
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
+    if torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
         return False
+    if torch.compiler.is_compiling():  # it needs the same things of Triton
+        return compiled and is_compiling()
     index = tensor.device.index
     if index not in _cores:
         _cores[index] = _count_cores(tensor.device)
@@ -67,7 +76,7 @@ def warn_if_missing(tensor: torch.Tensor) -> None:
 def _count_cores(device: torch.device) -> int:
     states = torch.ones(1, 1, 1, 2, device=device)
     try:
-        rotate_([states], torch.ones_like(states), torch.zeros_like(states))
+        rotate_together([states], torch.ones_like(states), torch.zeros_like(states))
     except Exception as error:  # no C compiler, a GPU that Triton does not know, a cache folder that is read-only, ...
         logger.warning_once(
             f"Triton cannot launch kernels here ({error}): prompts take longer, and tokens beyond the trained window "
@@ -83,15 +92,16 @@ if triton is not None:
 
     @triton.jit
     def _read(
-        queries, keys, values, cos, sin, rows, distances, outputs, maxima, sums,
+        queries, keys, values, cos, sin, rows, distances, parts, done, outputs,
         query_row, query_head, key_row, key_head, key_token, value_row, value_head, value_token,
         table_row, rows_row, distances_row, scale,
-        HALF: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr, CORRECTED: tl.constexpr,
+        HALF: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr, SLOTS: tl.constexpr,
+        CORRECTED: tl.constexpr,
     ):  # fmt: skip
-        """A part of a row's keys for one head: the weighted sum of values, its maximum and its sum of weights.
+        """A part of a row's keys for one head; the last part to end joins all of them.
 
-        Each of the BLOCK lanes along the keys has its own running maximum and sums; they are joined at the end, so
-        that the loop has no reduction but the one over the head.
+        Of a part, the weighted sum of values, the sum of weights and the maximum are written. Each of the BLOCK lanes
+        along the keys has its own running ones, so that the loop has no reduction but the one over the head.
         """
         head, split, row = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2).to(tl.int64)
         begin = tl.load(rows + row * rows_row)
@@ -159,38 +169,36 @@ if triton is not None:
             maximum = larger
         largest = tl.max(maximum, 0)
         kept = tl.exp2(maximum - largest)
-        part = (row * tl.num_programs(0) + head) * SPLITS + split
-        tl.store(maxima + part, largest)
-        tl.store(sums + part, tl.sum(total * kept, 0))
-        at_output = outputs + part * 2 * HALF + pairs
-        tl.store(at_output, tl.sum(sum1 * kept[:, None], 0), mask=real)
-        tl.store(at_output + HALF, tl.sum(sum2 * kept[:, None], 0), mask=real)
-
-    @triton.jit
-    def _join(
-        parts, maxima, sums, outputs, D: tl.constexpr, WIDTH: tl.constexpr, SPLITS: tl.constexpr, SLOTS: tl.constexpr
-    ):
-        """The parts of one head of one row as one: outputs (B, H, D)."""
-        head = tl.program_id(0).to(tl.int64)
-        split, element = tl.arange(0, SLOTS), tl.arange(0, WIDTH)
-        at = head * SPLITS + split
-        maximum = tl.load(maxima + at, mask=split < SPLITS, other=-1e30)
-        weight = tl.exp2(maximum - tl.max(maximum, 0))
-        total = tl.sum(tl.load(sums + at, mask=split < SPLITS, other=0) * weight, 0)
-        there = (split < SPLITS)[:, None] & (element < D)[None, :]
-        part = tl.load(parts + at[:, None] * D + element[None, :], mask=there, other=0)
-        output = tl.sum(part * weight[:, None], 0) / total
-        tl.store(outputs + head * D + element, output.to(outputs.dtype.element_ty), mask=element < D)
+        row_head = row * tl.num_programs(0) + head
+        at_part = parts + (row_head * SPLITS + split) * (2 * HALF + 2)
+        tl.store(at_part + pairs, tl.sum(sum1 * kept[:, None], 0), mask=real)
+        tl.store(at_part + HALF + pairs, tl.sum(sum2 * kept[:, None], 0), mask=real)
+        tl.store(at_part + 2 * HALF, tl.sum(total * kept, 0))
+        tl.store(at_part + 2 * HALF + 1, largest)
+        tl.debug_barrier()  # all threads have written before one says so
+        if tl.atomic_add(done + row_head, 1, sem="acq_rel") == SPLITS - 1:
+            splits = tl.arange(0, SLOTS)
+            at_parts = parts + (row_head * SPLITS + splits) * (2 * HALF + 2)
+            ended = splits < SPLITS
+            there = ended[:, None] & real[None, :]
+            maxima = tl.load(at_parts + 2 * HALF + 1, mask=ended, other=-1e30)
+            shares = tl.exp2(maxima - tl.max(maxima, 0))
+            shares /= tl.sum(tl.load(at_parts + 2 * HALF, mask=ended, other=0) * shares, 0)
+            output1 = tl.load(at_parts[:, None] + pairs[None, :], mask=there, other=0) * shares[:, None]
+            output2 = tl.load(at_parts[:, None] + HALF + pairs[None, :], mask=there, other=0) * shares[:, None]
+            at_output = outputs + row_head * 2 * HALF + pairs
+            tl.store(at_output, tl.sum(output1, 0).to(outputs.dtype.element_ty), mask=real)
+            tl.store(at_output + HALF, tl.sum(output2, 0).to(outputs.dtype.element_ty), mask=real)
+            tl.store(done + row_head, 0)  # for the next layer
 
     @triton.jit
     def _rotate(
-        first, second, copy, cos, sin, cos_more, sin_more, first_row, first_head, first_token,
-        second_row, second_head, second_token, copy_row, copy_head, copy_token,
-        table_row, table_token, more_row, more_token, tokens, heads,
+        first, second, outputs, cos, sin, cos_more, sin_more, first_row, first_head, first_token,
+        second_row, second_head, second_token, table_row, table_token, more_row, more_token, tokens, heads,
         HALF: tl.constexpr, WIDTH: tl.constexpr, HEADS: tl.constexpr, TWICE: tl.constexpr,
     ):  # fmt: skip
-        """Some heads of one token of the first or the second tensor, in place; with TWICE see `rotate_twice_`."""
-        index = tl.program_id(0).to(tl.int64)
+        """Some heads of one token of the first or the second tensor; with TWICE see `rotate_twice`."""
+        index, which = tl.program_id(0).to(tl.int64), tl.program_id(2)
         row, token = index // tokens, index % tokens
         head, pairs = tl.program_id(1) * HEADS + tl.arange(0, HEADS), tl.arange(0, WIDTH)
         real = pairs < HALF
@@ -199,28 +207,56 @@ if triton is not None:
         table = row * table_row + token * table_token + HALF + pairs
         c = tl.load(cos + table, mask=real, other=0).to(tl.float32)[None, :]
         s = tl.load(sin + table, mask=real, other=0).to(tl.float32)[None, :]
-        is_second = tl.program_id(2) == 1
-        if is_second:
+        if which == 1:
             at = second + row * second_row + token * second_token + head[:, None] * second_head + pairs[None, :]
         else:
             at = first + row * first_row + token * first_token + head[:, None] * first_head + pairs[None, :]
         x1 = tl.load(at, mask=there, other=0).to(tl.float32)
         x2 = tl.load(at + HALF, mask=there, other=0).to(tl.float32)
         y1, y2 = x1 * c - x2 * s, x2 * c + x1 * s
+        kind = outputs.dtype.element_ty
+        size = tl.num_programs(0).to(tl.int64) * heads * 2 * HALF
+        to = outputs + which * size + (index * heads + head[:, None]) * 2 * HALF + pairs[None, :]
         if TWICE:
             table = row * more_row + token * more_token + HALF + pairs
             c = tl.load(cos_more + table, mask=real, other=0).to(tl.float32)[None, :]
             s = tl.load(sin_more + table, mask=real, other=0).to(tl.float32)[None, :]
             z1, z2 = y1 * c - y2 * s, y2 * c + y1 * s
-            if is_second:
-                to = copy + row * copy_row + token * copy_token + head[:, None] * copy_head + pairs[None, :]
+            if which == 1:
+                tl.store(to + size, z1.to(kind), mask=there)
+                tl.store(to + size + HALF, z2.to(kind), mask=there)
             else:
-                to = at
                 y1, y2 = z1, z2
-            tl.store(to, z1.to(first.dtype.element_ty), mask=there)
-            tl.store(to + HALF, z2.to(first.dtype.element_ty), mask=there)
-        tl.store(at, y1.to(first.dtype.element_ty), mask=there)
-        tl.store(at + HALF, y2.to(first.dtype.element_ty), mask=there)
+        tl.store(to, y1.to(kind), mask=there)
+        tl.store(to + HALF, y2.to(kind), mask=there)
+
+    @triton.jit
+    def _silu_mul(gate, up, outputs, numel, BLOCK: tl.constexpr):
+        at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        there = at < numel
+        x = tl.load(gate + at, mask=there, other=0).to(tl.float32)
+        y = tl.load(up + at, mask=there, other=0).to(tl.float32)
+        kind = outputs.dtype.element_ty
+        silu = (x / (1 + tl.exp(-x))).to(kind).to(tl.float32)  # rounded, as by two operations
+        tl.store(outputs + at, (silu * y).to(kind), mask=there)
+
+
+class Scratch(NamedTuple):
+    """What the programs of `read` share; each call leaves it ready for the next one.
+
+    Attributes:
+        parts: Results of the parts, of any shape.
+        done: How many parts of a row's head have ended, (B H,), int32; 0 between calls.
+    """
+
+    parts: torch.Tensor
+    done: torch.Tensor
+
+
+def new_scratch(rows: int, heads: int, head_dim: int, device: torch.device) -> Scratch:
+    count = max(rows * heads, _programs(device))
+    parts = torch.empty(count * (head_dim + 2), device=device, dtype=torch.float32)
+    return Scratch(parts, torch.zeros(rows * heads, device=device, dtype=torch.int32))
 
 
 def read(
@@ -229,6 +265,7 @@ def read(
     values: torch.Tensor,
     seen: SeenKeys,
     tables: tuple[torch.Tensor, torch.Tensor] | None,
+    scratch: Scratch,
     scaling: float,
 ) -> torch.Tensor:
     """Attention of one new token, (B, H, 1, D), to its keys and values, (B, H, K, D): (B, 1, H, D).
@@ -241,60 +278,60 @@ def read(
         scaling: What the scores are multiplied by.
     """
     rows, heads, _, head_dim = queries.shape
-    device, half = queries.device, head_dim // 2
-    splits = _splits(rows * heads, device)
-    parts = torch.empty((rows, heads, splits, head_dim), device=device, dtype=torch.float32)
-    maxima, sums = torch.empty((2, rows, heads, splits), device=device, dtype=torch.float32).unbind(0)
-    outputs = torch.empty((rows, 1, heads, head_dim), device=device, dtype=queries.dtype)
+    half, parts = head_dim // 2, scratch.parts
+    # So many that all multiprocessors have work.
+    splits = max(1, min(64, parts.numel() // ((head_dim + 2) * rows * heads)))
+    outputs = queries.new_empty((rows, 1, heads, head_dim))
     cos, sin = (parts, parts) if tables is None else tables
     _read[(heads, splits, rows)](
-        queries, keys, values, cos, sin, *seen, parts, maxima, sums,
+        queries, keys, values, cos, sin, *seen, *scratch, outputs,
         queries.stride(0), queries.stride(1), *keys.stride()[:3], *values.stride()[:3],
         _row_stride(cos), _row_stride(seen.rows), _row_stride(seen.distances), scaling * 1.4426950408889634,  # log2(e)
-        HALF=half, WIDTH=_power_of_2(half), BLOCK=_BLOCK, SPLITS=splits, CORRECTED=tables is not None,
-        num_warps=_READ_WARPS,
+        HALF=half, WIDTH=_power_of_2(half), BLOCK=_BLOCK, SPLITS=splits, SLOTS=_power_of_2(splits),
+        CORRECTED=tables is not None, num_warps=_READ_WARPS,
     )  # fmt: skip
-    _join[(rows * heads,)](
-        parts, maxima, sums, outputs, D=head_dim, WIDTH=_power_of_2(head_dim), SPLITS=splits, SLOTS=_power_of_2(splits)
-    )
     return outputs
 
 
-def rotate_(states: Sequence[torch.Tensor], cos: torch.Tensor, sin: torch.Tensor) -> None:
-    """`rotary_internlm.rotate` of one or two tensors, (B, H, Q, D), in place and in float32.
+def rotate_together(states: Sequence[torch.Tensor], cos: torch.Tensor, sin: torch.Tensor) -> Sequence[torch.Tensor]:
+    """`rotary_internlm.rotate` of one or two tensors, (B, H, Q, D), in float32.
 
     Args:
         cos, sin: Of `rotary_internlm.cos_sin`, (B or 1, 1, Q, D).
     """
-    _launch_rotation(states, states[0], (cos, sin), (cos, sin), twice=False)
+    return _launch_rotation(states, (cos, sin), (cos, sin), twice=False)
 
 
-def rotate_twice_(
+def rotate_twice(
     queries: torch.Tensor,
     keys: torch.Tensor,
     tables: tuple[torch.Tensor, torch.Tensor],
     more: tuple[torch.Tensor, torch.Tensor],
-) -> torch.Tensor:
-    """Rotate queries by both pairs of tables, in place, and keys by the first; returns the keys rotated by both."""
-    rows, heads, tokens, head_dim = keys.shape
-    corrected = keys.new_empty((rows, tokens, heads, head_dim)).transpose(1, 2)
-    _launch_rotation((queries, keys), corrected, tables, more, twice=True)
-    return corrected
+) -> Sequence[torch.Tensor]:
+    """Queries rotated by both pairs of tables, keys rotated by the first, and keys rotated by both."""
+    return _launch_rotation((queries, keys), tables, more, twice=True)
 
 
 def _launch_rotation(
-    states: Sequence[torch.Tensor], copy: torch.Tensor, tables: Sequence[torch.Tensor], more: Any, twice: bool
-) -> None:
+    states: Sequence[torch.Tensor], tables: Sequence[torch.Tensor], more: Sequence[torch.Tensor], twice: bool
+) -> Sequence[torch.Tensor]:
     first, second = states[0], states[-1]
     rows, heads, tokens, head_dim = first.shape
     half = head_dim // 2
-    strides = [stride for tensor in (first, second, copy) for stride in tensor.stride()[:3]]
-    for cos, _ in (tables, more):
-        strides += [_row_stride(cos), cos.stride(2)]
+    outputs = first.new_empty((len(states) + twice, rows, tokens, heads, head_dim))
     _rotate[(rows * tokens, -(-heads // _HEADS_AT_A_TIME), len(states))](
-        first, second, copy, *tables, *more, *strides, tokens, heads,
+        first, second, outputs, *tables, *more, *first.stride()[:3], *second.stride()[:3],
+        _row_stride(tables[0]), tables[0].stride(2), _row_stride(more[0]), more[0].stride(2), tokens, heads,
         HALF=half, WIDTH=_power_of_2(half), HEADS=_HEADS_AT_A_TIME, TWICE=twice,
     )  # fmt: skip
+    return outputs.transpose(2, 3).unbind()
+
+
+def silu_mul(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up of two contiguous tensors, in one pass."""
+    outputs = torch.empty_like(gate)
+    _silu_mul[(-(-gate.numel() // _SILU_BLOCK),)](gate, up, outputs, gate.numel(), BLOCK=_SILU_BLOCK)
+    return outputs
 
 
 def _row_stride(tensor: torch.Tensor) -> int:
@@ -305,9 +342,11 @@ def _power_of_2(size: int) -> int:
     return 1 << (size - 1).bit_length()
 
 
-def _splits(heads: int, device: torch.device) -> int:
-    """Into how many parts each of `heads` rows of keys is split, so that all multiprocessors have work."""
-    return max(1, min(64, _cores[device.index] * _PROGRAMS_PER_CORE // heads))
+def _programs(device: torch.device) -> int:
+    """How many programs of the read there are at least, so that all multiprocessors have work."""
+    # A compiled program must not depend on whether the kernels have run before.
+    cores = _TYPICAL_CORES if torch.compiler.is_compiling() else _cores[device.index]
+    return cores * _PROGRAMS_PER_CORE
 
 
-__all__ = ["read", "rotate_", "rotate_twice_", "usable", "warn_if_missing"]
+__all__ = ["new_scratch", "read", "rotate_together", "rotate_twice", "silu_mul", "usable", "warn_if_missing"]

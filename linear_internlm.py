@@ -76,7 +76,7 @@ class _Joined:
 
     def holds(self, layers: tuple[nn.Linear, ...]) -> bool:
         """Whether the layers still have these weights, and calling them is a product and nothing else."""
-        return all(_is_plain(layer) for layer in layers) and [_address(layer) for layer in layers] == self.addresses
+        return all(is_plain(layer) for layer in layers) and [_address(layer) for layer in layers] == self.addresses
 
 
 def _address(layer: nn.Linear) -> tuple[int, int]:
@@ -105,14 +105,14 @@ def join_weights(model: Any) -> None:
 
 
 def _written_out(layer: Any, states: torch.Tensor) -> torch.Tensor:
-    if not _is_plain(layer):
+    if not is_plain(layer):
         return layer(states)
     product = (states.float().unsqueeze(-2) * layer.weight).sum(-1)
     return (product if layer.bias is None else product + layer.bias).to(states.dtype)
 
 
 def _in_slices(layer: Any, states: torch.Tensor) -> torch.Tensor:
-    if not _is_plain(layer):
+    if not is_plain(layer):
         return layer(states)
     weight, bias = layer.weight, layer.bias
     if weight.numel() < _MIN_NUMEL:
@@ -124,10 +124,12 @@ def _in_slices(layer: Any, states: torch.Tensor) -> torch.Tensor:
     return product.view(*states.shape[:-1], out_features)
 
 
-def _is_plain(layer: Any) -> bool:
-    """Whether calling it is the product and nothing else."""
-    changed = type(layer) is not nn.Linear or layer._forward_hooks or layer._forward_pre_hooks
-    return not changed and "forward" not in layer.__dict__ and type(layer.weight) is nn.Parameter
+def is_plain(module: Any, kind: type[nn.Module] = nn.Linear) -> bool:
+    """Whether calling it does what its class does and nothing else."""
+    changed = type(module) is not kind or module._forward_hooks or module._forward_pre_hooks
+    if changed or nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks:
+        return False
+    return "forward" not in module.__dict__ and (kind is not nn.Linear or type(module.weight) is nn.Parameter)
 
 
 @lru_cache

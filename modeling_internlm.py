@@ -63,14 +63,15 @@ from .compat_internlm import (
 )
 from .configuration_internlm import InternLMConfig
 from .decoding_internlm import Decoding
-from .kernels_internlm import warn_if_missing
-from .linear_internlm import Linear, call, call_together, linear_for
+from .kernels_internlm import silu_mul, usable, warn_if_missing
+from .linear_internlm import Linear, call, call_together, is_plain, linear_for
 from .positions_internlm import is_dense, new_positions
 from .rotary_internlm import attend, corrected_attention, rotary_tables, rotate_new
 
 
 # The loss is computed for at most this many elements of the logits at a time: 128 MB in float32.
 _LOSS_CHUNK_NUMEL = 2**25
+_SILU = type(ACT2FN["silu"])
 
 
 class InternLMRMSNorm(nn.Module):
@@ -102,7 +103,9 @@ class InternLMMLP(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor, linear: Linear = call) -> torch.Tensor:
         gate, up = call_together(linear, (self.gate_proj, self.up_proj), hidden_states)
-        return linear(self.down_proj, self.act_fn(gate) * up)
+        # One token costs Python less as two operations; outputs of one product are not contiguous.
+        by_kernel = gate.shape[1] > 1 and gate.is_contiguous() and usable(gate) and is_plain(self.act_fn, _SILU)
+        return linear(self.down_proj, silu_mul(gate, up) if by_kernel else self.act_fn(gate) * up)
 
 
 def eager_attention_forward(

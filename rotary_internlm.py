@@ -30,7 +30,7 @@ from torch import nn
 
 from .compat_internlm import is_fixed
 from .configuration_internlm import InternLMConfig
-from .kernels_internlm import read, rotate_, rotate_twice_, usable
+from .kernels_internlm import Scratch, new_scratch, read, rotate_together, rotate_twice, usable
 from .positions_internlm import (
     Positions,
     SeenKeys,
@@ -54,10 +54,12 @@ class KernelRead(NamedTuple):
     Attributes:
         seen: Which keys each row sees.
         tables: Cosines and sines of the correction by distance, (B or 1, K, D / 2), float32; None for no correction.
+        scratch: Memory for the kernel.
     """
 
     seen: SeenKeys
     tables: tuple[torch.Tensor, torch.Tensor] | None
+    scratch: Scratch
 
 
 # At most this many new tokens get a length L each, which costs one attention for each of them.
@@ -102,7 +104,7 @@ def rotate_new(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Rotate queries and keys of the new tokens, as their projections return them, (B, Q, E) -> (B, H, Q, D).
 
-    In place where the kernel is. Elsewhere one token's are rotated together: the number of operations is what costs.
+    Where the kernel is not, one token's are rotated together: the number of operations is what costs.
 
     Returns:
         Queries and keys; and, where the kernel has made the correction as well, corrected keys for attention, to which
@@ -119,18 +121,15 @@ def rotate_new(
     if not by_kernel:
         return rotate(queries, cos, sin), rotate(keys, cos, sin), None
     if corrections and not isinstance(corrections[0], KernelRead) and corrections[0][0] is corrections[0][1]:
-        return queries, keys, rotate_twice_(queries, keys, (cos, sin), corrections[0][0])
-    rotate_((queries, keys), cos, sin)
+        queries, keys, corrected_keys = rotate_twice(queries, keys, (cos, sin), corrections[0][0])
+        return queries, keys, corrected_keys
+    queries, keys = rotate_together((queries, keys), cos, sin)
     return queries, keys, None
 
 
 def _rotated(states: torch.Tensor, tables: Tables) -> torch.Tensor:
     """A rotated copy."""
-    if not usable(states):
-        return rotate(states, *tables)
-    copied = states.clone()
-    rotate_((copied,), *tables)
-    return copied
+    return rotate_together((states,), *tables)[0] if usable(states) else rotate(states, *tables)
 
 
 def rotary_tables(
@@ -176,7 +175,7 @@ def rotary_tables(
 def _one_kernel_reads(config: InternLMConfig, inputs_embeds: torch.Tensor, mask: Any) -> bool:
     if inputs_embeds.shape[1] != 1 or config._attn_implementation != "sdpa":
         return False
-    return usable(inputs_embeds) and (mask is None or is_dense(mask))
+    return usable(inputs_embeds, compiled=True) and (mask is None or is_dense(mask))
 
 
 def kernel_read(
@@ -194,7 +193,8 @@ def kernel_read(
         distances = torch.arange(keys, device=device, dtype=torch.float32)[:, None]
         angles = distances * (trained_inv_freq(config, device) * log_ratio.expm1())
         tables = angles.cos(), angles.sin()
-    return KernelRead(seen_keys_of(seen), tables)
+    scratch = new_scratch(len(inputs_embeds), config.num_attention_heads, config.head_dim, device)
+    return KernelRead(seen_keys_of(seen), tables, scratch)
 
 
 def corrections_of(
