@@ -53,7 +53,8 @@ def usable(tensor: torch.Tensor, compiled: bool = False) -> bool:
     """
     if triton is None or tensor.device.type not in _DEVICE_TYPES or torch.is_grad_enabled():
         return False
-    if torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
+    # A subclass may be sharded, fake, ...
+    if type(tensor) is not torch.Tensor or torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
         return False
     if torch.compiler.is_compiling():  # it needs the same things of Triton
         return compiled and is_compiling()

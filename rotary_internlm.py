@@ -27,8 +27,9 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from .compat_internlm import is_fixed
+from .compat_internlm import ALL_ATTENTION_FUNCTIONS, is_fixed
 from .configuration_internlm import InternLMConfig
 from .kernels_internlm import Scratch, new_scratch, read, rotate_together, rotate_twice, usable
 from .positions_internlm import (
@@ -152,8 +153,7 @@ def rotary_tables(
 
     Returns:
         Cosines and sines for new queries and keys, (B or 1, 1, Q, D), in the model's dtype; and the corrections: none
-        up to M, else one for all new tokens or one for each of them. Or a KernelRead, within M too where keys are
-        masked: attention functions for one query and a mask read all keys, at a fraction of a GPU's bandwidth.
+        up to M, else one for all new tokens or one for each of them. Or a KernelRead, within M too.
     """
     inv_freq, corrections = trained_inv_freq(config, inputs_embeds.device), []
     length = mask.shape[-1] if key_source == "pages" else positions.key_offset + positions.key_length
@@ -162,7 +162,7 @@ def rotary_tables(
         and key_source != "engine"
         and not (is_fixed(length) and length <= config.max_position_embeddings)
     )
-    if (beyond or is_dense(mask)) and key_source == "cache" and _one_kernel_reads(config, inputs_embeds, mask):
+    if key_source == "cache" and _one_kernel_reads(config, inputs_embeds, mask):
         corrections = [kernel_read(config, inputs_embeds, positions, mask, beyond)]
     elif beyond:
         if key_source == "forward":
@@ -173,7 +173,14 @@ def rotary_tables(
 
 
 def _one_kernel_reads(config: InternLMConfig, inputs_embeds: torch.Tensor, mask: Any) -> bool:
+    """Whether attention of one new token is the kernel: where it replaces torch's, and the kernel can run.
+
+    It is as fast as torch's without a mask, and several times as fast with one, which reads all keys, seen or not.
+    And torch may choose cuDNN, which takes tens of milliseconds to prepare for each number of keys that is new to it.
+    """
     if inputs_embeds.shape[1] != 1 or config._attn_implementation != "sdpa":
+        return False
+    if ALL_ATTENTION_FUNCTIONS.get_interface("sdpa", None) is not sdpa_attention_forward:  # a user's own
         return False
     return usable(inputs_embeds, compiled=True) and (mask is None or is_dense(mask))
 

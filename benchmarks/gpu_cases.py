@@ -48,7 +48,6 @@ MAIN = [
     *(Case("step_kernels", 1, thousands) for thousands in (16, 1)),
     Case("generate_kernels", 1, 1),
     *(Case("prefill", 1, thousands) for thousands in (4, 16)),
-    Case("compiled", 1, 16),
 ]
 SECOND = [
     *(Case(kind, 1, 1) for kind in ("equality", "generate", "eager", "prefill")),
@@ -56,9 +55,11 @@ SECOND = [
 ]
 OVERHEAD = [Case("eager", 1, 1)]
 REST = [
-    *(Case(kind, 8, thousands) for kind in ("generate", "eager") for thousands in (1, 4)),
-    Case("compiled", 1, 1),
+    *(Case(kind, 8, 1) for kind in ("generate", "eager")),
+    Case("eager", 8, 4),
+    *(Case("compiled", 1, thousands) for thousands in (1, 16)),
     *(Case("generate_plain", 1, thousands) for thousands in (1, 16)),
+    Case("generate", 8, 4),
     Case("generate_kernels", 1, 16),
     *(Case(kind, 1, 4) for kind in ("generate", "eager")),
     Case("prefill_kernels", 1, 16),

@@ -120,6 +120,50 @@ def check_silu_mul(device, dtype):
     assert found.dtype == dtype and difference(found, expected) < LIMITS[dtype]
 
 
+@torch.no_grad()
+def check_model(device):
+    """Logits with the kernels and without, of a left-padded prompt and of steps, within the window and beyond it.
+
+    Hooks see what layers return, and activations that have hooks are called.
+    """
+    kernels, configuration, modeling = modules(device)[0], package.load("configuration"), package.load("modeling")
+    config = configuration.InternLMConfig(
+        vocab_size=64, hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=16, rotary={"base": 10000, "type": "dynamic"}, attn_implementation="sdpa",
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = modeling.InternLMForCausalLM(config).to(device).eval()
+    ids, mask = torch.randint(3, 64, (2, 26), device=device), torch.ones((2, 26), device=device)
+    mask[0, :3] = 0
+    layers = model.model.layers[0].self_attn.q_proj, model.model.layers[1].mlp.act_fn
+
+    def run(hooked):
+        logits, outputs, length, cache = [], [], 0, None
+        keep = [layer.register_forward_hook(lambda *given: outputs.append(given[2])) for layer in layers if hooked]
+        for end in (8, 9, 10, 24, 25, 26):
+            result = model(ids[:, length:end], attention_mask=mask[:, :end], cache=cache)
+            cache, length = result[modeling.CACHE], end
+            logits.append(result.logits[:, -1])
+        for hook in keep:
+            hook.remove()
+        return torch.stack(logits), outputs
+
+    used = []
+    with pytest.MonkeyPatch.context() as patch:
+        for name, module in (("silu_mul", modeling), ("read", package.load("rotary"))):
+            call = getattr(module, name)
+            patch.setattr(module, name, lambda *given, name=name, call=call: used.append(name) or call(*given))
+        found, _ = run(hooked=False)
+        assert [used.count(name) for name in ("silu_mul", "read")] == [2 * 2, 4 * 2]  # 2 prompts and 4 steps, 2 layers
+        hooked, outputs = run(hooked=True)
+        assert [used.count(name) for name in ("silu_mul", "read")] == [2 * 2 + 2, 2 * 4 * 2]
+        patch.setattr(kernels, "_DEVICE_TYPES", set())
+        expected, plain = run(hooked=True)
+    assert len(used) == 6 + 16 and len(outputs) == len(plain) == 2 * 6
+    for one, other in zip((found, hooked, *outputs), (expected, expected, *plain), strict=True):
+        assert difference(one, other.double()) < 1e-5
+
+
 def run_all(device, shapes):
     for dtype in DTYPES:
         check_rotation(device, dtype)
@@ -131,6 +175,7 @@ def run_all(device, shapes):
                 check_read(device, torch.float32, shape, mask, corrected)
     # Products of float16 that overflow, although the scores do not.
     check_read(device, torch.float16, shapes[0], "all", True, scale=300.0)
+    check_model(device)
 
 
 def test_on_a_cpu_in_the_interpreter():
