@@ -194,12 +194,13 @@ if triton is not None:
 
     @triton.jit
     def _rotate(
-        first, second, outputs, cos, sin, cos_more, sin_more, first_row, first_head, first_token,
+        first, second, first_output, second_output, copy, cos, sin, cos_more, sin_more,
+        first_row, first_head, first_token,
         second_row, second_head, second_token, table_row, table_token, more_row, more_token, tokens, heads,
         HALF: tl.constexpr, WIDTH: tl.constexpr, HEADS: tl.constexpr, TWICE: tl.constexpr,
     ):  # fmt: skip
         """Some heads of one token of the first or the second tensor; with TWICE see `rotate_twice`."""
-        index, which = tl.program_id(0).to(tl.int64), tl.program_id(2)
+        index, is_second = tl.program_id(0).to(tl.int64), tl.program_id(2) == 1
         row, token = index // tokens, index % tokens
         head, pairs = tl.program_id(1) * HEADS + tl.arange(0, HEADS), tl.arange(0, WIDTH)
         real = pairs < HALF
@@ -208,28 +209,29 @@ if triton is not None:
         table = row * table_row + token * table_token + HALF + pairs
         c = tl.load(cos + table, mask=real, other=0).to(tl.float32)[None, :]
         s = tl.load(sin + table, mask=real, other=0).to(tl.float32)[None, :]
-        if which == 1:
+        to = (index * heads + head[:, None]) * 2 * HALF + pairs[None, :]
+        if is_second:
             at = second + row * second_row + token * second_token + head[:, None] * second_head + pairs[None, :]
+            at_output = second_output + to
         else:
             at = first + row * first_row + token * first_token + head[:, None] * first_head + pairs[None, :]
+            at_output = first_output + to
         x1 = tl.load(at, mask=there, other=0).to(tl.float32)
         x2 = tl.load(at + HALF, mask=there, other=0).to(tl.float32)
         y1, y2 = x1 * c - x2 * s, x2 * c + x1 * s
-        kind = outputs.dtype.element_ty
-        size = tl.num_programs(0).to(tl.int64) * heads * 2 * HALF
-        to = outputs + which * size + (index * heads + head[:, None]) * 2 * HALF + pairs[None, :]
+        kind = first_output.dtype.element_ty
         if TWICE:
             table = row * more_row + token * more_token + HALF + pairs
             c = tl.load(cos_more + table, mask=real, other=0).to(tl.float32)[None, :]
             s = tl.load(sin_more + table, mask=real, other=0).to(tl.float32)[None, :]
             z1, z2 = y1 * c - y2 * s, y2 * c + y1 * s
-            if which == 1:
-                tl.store(to + size, z1.to(kind), mask=there)
-                tl.store(to + size + HALF, z2.to(kind), mask=there)
+            if is_second:
+                tl.store(copy + to, z1.to(kind), mask=there)
+                tl.store(copy + to + HALF, z2.to(kind), mask=there)
             else:
                 y1, y2 = z1, z2
-        tl.store(to, y1.to(kind), mask=there)
-        tl.store(to + HALF, y2.to(kind), mask=there)
+        tl.store(at_output, y1.to(kind), mask=there)
+        tl.store(at_output + HALF, y2.to(kind), mask=there)
 
     @triton.jit
     def _silu_mul(gate, up, outputs, numel, BLOCK: tl.constexpr):
@@ -319,13 +321,15 @@ def _launch_rotation(
     first, second = states[0], states[-1]
     rows, heads, tokens, head_dim = first.shape
     half = head_dim // 2
-    outputs = first.new_empty((len(states) + twice, rows, tokens, heads, head_dim))
+    # Each has memory of its own: a cache keeps the keys, and would keep the queries beside them.
+    outputs = [first.new_empty((rows, tokens, heads, head_dim)) for _ in range(len(states) + twice)]
     _rotate[(rows * tokens, -(-heads // _HEADS_AT_A_TIME), len(states))](
-        first, second, outputs, *tables, *more, *first.stride()[:3], *second.stride()[:3],
+        first, second, outputs[0], outputs[len(states) - 1], outputs[-1], *tables, *more,
+        *first.stride()[:3], *second.stride()[:3],
         _row_stride(tables[0]), tables[0].stride(2), _row_stride(more[0]), more[0].stride(2), tokens, heads,
         HALF=half, WIDTH=_power_of_2(half), HEADS=_HEADS_AT_A_TIME, TWICE=twice,
     )  # fmt: skip
-    return outputs.transpose(2, 3).unbind()
+    return [output.transpose(1, 2) for output in outputs]
 
 
 def silu_mul(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:

@@ -18,11 +18,11 @@ BUDGETS = {
     "tokenization_internlm.py": 350,
     "configuration_internlm.py": 170,
     "decoding_internlm.py": 210,
-    "kernels_internlm.py": 240,
+    "kernels_internlm.py": 260,
     "rotary_internlm.py": 200,
     "every other root module": 150,
     "every function of a root module": 45,
-    "a Triton kernel": 75,
+    "a Triton kernel": 95,
 }
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 NOT_CODE = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where it runs as a program
@@ -104,6 +105,7 @@ def check_rotation(device, dtype):
     found += kernels.rotate_twice(queries, keys, tables, more)
     for states, wanted in zip(found, (*once, once[0], twice[0], once[1], twice[1]), strict=True):
         assert states.dtype == dtype and states.shape == wanted.shape
+        assert states.untyped_storage().nbytes() == states.nbytes  # a cache that keeps keys keeps nothing else
         assert difference(states, wanted) < LIMITS[dtype]
     # Whoever has kept them, as a hook does, still has what the projections returned.
     assert torch.equal(queries, before[0]) and torch.equal(keys, before[1])
@@ -178,12 +180,58 @@ def run_all(device, shapes):
     check_model(device)
 
 
-def test_on_a_cpu_in_the_interpreter():
+class Compiled:
+    """A kernel that is compiled for an H100 or H200 where it would be launched, as Triton's compiler can without one.
+
+    The interpreter takes any Python; the compiler knows types.
+    """
+
+    def __init__(self, kernel):
+        self.kernel = kernel
+
+    def __getitem__(self, grid):
+        return self.compile
+
+    def compile(self, *given, num_warps=4, **constants):
+        from triton import compile as compiled
+        from triton.backends.compiler import GPUTarget
+        from triton.compiler import ASTSource
+
+        kinds = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int32: "*i32"}
+        names = [name for name in self.kernel.arg_names if name not in constants]
+        signature = dict.fromkeys(constants, "constexpr")
+        for name, value in zip(names, given, strict=True):
+            scalar = "fp32" if isinstance(value, float) else "i32"
+            signature[name] = kinds[value.dtype] if isinstance(value, torch.Tensor) else scalar
+        source = ASTSource(self.kernel, {name: signature[name] for name in self.kernel.arg_names}, constants)
+        assert compiled(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": num_warps}).asm["ptx"]
+
+
+def compile_all():
+    kernels, positions = package.load("kernels"), package.load("positions")
+    for name in ("_read", "_rotate", "_silu_mul"):
+        setattr(kernels, name, Compiled(getattr(kernels, name)))
+    kernels._cores[None] = 132
+    for dtype in DTYPES:
+        states = torch.ones(2, 3, 5, 128, dtype=dtype)
+        tables, float_tables = (states[:1, :1],) * 2, (torch.ones(1, 5, 64),) * 2
+        seen = positions.seen_keys_of(torch.ones(2, 5, dtype=torch.bool))
+        scratch = kernels.new_scratch(2, 3, 128, states.device)
+        for corrections in (None, float_tables):
+            kernels.read(states[:, :, :1], states, states, seen, corrections, scratch, 0.1)
+        kernels.rotate_together((states, states), *tables)
+        kernels.rotate_twice(states, states, tables, tables)
+        kernels.silu_mul(states, states)
+
+
+@pytest.mark.parametrize("how", ("interpreted", "compiled"))
+def test_without_a_gpu(how):
     """All shapes, masks and dtypes; no skip: Triton is one of the requirements of the tests where it exists."""
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run([sys.executable, __file__], capture_output=True, text=True, env=environment, check=False)
+    environment = {**os.environ, "TRITON_INTERPRET": str(int(how == "interpreted"))}
+    command = [sys.executable, __file__, how]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.split() == ["checked"]
+    assert done.stdout.split() == [how]
 
 
 @pytest.mark.gpu
@@ -192,24 +240,63 @@ def test_on_a_gpu():
     run_all("cuda", SHAPES + LARGE)
 
 
-def test_usable_says_no_without_triton_and_where_gradients_are_needed(monkeypatch):
-    """So that everything runs without Triton; with it, only where no gradient is."""
-    kernels, *_ = modules("cpu")
-    try:
-        monkeypatch.setattr(kernels, "triton", None)
-        with torch.no_grad():
-            assert not kernels.usable(torch.ones(1))
-        monkeypatch.setattr(kernels, "triton", object())
-        monkeypatch.setattr(kernels, "_count_cores", lambda device: 8)
-        monkeypatch.setattr(kernels, "_cores", {})
-        assert not kernels.usable(torch.ones(1))
-        with torch.no_grad():
-            assert kernels.usable(torch.ones(1))
-        kernels._DEVICE_TYPES.discard("cpu")
-        with torch.no_grad():
-            assert not kernels.usable(torch.ones(1))
-    finally:
-        kernels._DEVICE_TYPES.discard("cpu")
+@pytest.fixture
+def fake_triton(monkeypatch):
+    """The module as if Triton had launched a kernel on the CPU."""
+    kernels = package.load("kernels")
+    monkeypatch.setattr(kernels, "triton", object())
+    monkeypatch.setattr(kernels, "_DEVICE_TYPES", {"cpu"})
+    monkeypatch.setattr(kernels, "_count_cores", lambda device: 8)
+    monkeypatch.setattr(kernels, "_cores", {})
+    return kernels
+
+
+def test_usable_says_no_without_triton_and_where_gradients_are_needed(fake_triton, monkeypatch):
+    """So that everything runs without Triton; with it, only where no gradient is, on plain tensors."""
+    assert not fake_triton.usable(torch.ones(1))
+    with torch.no_grad():
+        assert fake_triton.usable(torch.ones(1))
+        assert not fake_triton.usable(torch.ones(1).as_subclass(torch.nn.Buffer))
+        with FakeTensorMode() as mode:
+            assert not fake_triton.usable(mode.from_tensor(torch.ones(1)))
+        monkeypatch.setattr(fake_triton, "_DEVICE_TYPES", {"cuda"})
+        assert not fake_triton.usable(torch.ones(1))
+        monkeypatch.setattr(fake_triton, "_DEVICE_TYPES", {"cpu"})
+        monkeypatch.setattr(fake_triton, "triton", None)
+        assert not fake_triton.usable(torch.ones(1))
+
+
+class Answers(torch.nn.Module):
+    def __init__(self, usable):
+        super().__init__()
+        self.usable = usable
+
+    def forward(self, states):
+        return states * 0 + 10 * self.usable(states) + self.usable(states, compiled=True)
+
+
+@torch.no_grad()
+def test_a_compiler_gets_the_read_and_an_export_nothing(fake_triton):
+    """Whether or not kernels have run before: a compiled program must not be compiled again for that."""
+    answers, states = Answers(fake_triton.usable), torch.ones(1)
+    assert torch.compile(answers, backend="eager", fullgraph=True)(states) == 1
+    assert not fake_triton._cores
+    for strict in (False, True):
+        assert torch.export.export(answers, (states,), strict=strict).module()(states) == 0
+    assert answers(states) == 11
+
+
+@pytest.mark.parametrize("attention", ("sdpa", "a user's sdpa", "eager"))
+@torch.no_grad()
+def test_the_read_replaces_only_the_librarys_sdpa(fake_triton, monkeypatch, attention):
+    rotary, config = package.load("rotary"), package.load("configuration").InternLMConfig()
+    config._attn_implementation = "eager" if attention == "eager" else "sdpa"
+    if attention == "a user's sdpa":
+        functions = rotary.ALL_ATTENTION_FUNCTIONS
+        monkeypatch.setattr(type(functions), "get_interface", lambda *given: lambda *states, **settings: None)
+    token, prompt = torch.ones(1, 1, 8), torch.ones(1, 2, 8)
+    assert rotary._one_kernel_reads(config, token, None) == (attention == "sdpa")
+    assert not rotary._one_kernel_reads(config, prompt, None)
 
 
 def test_kernels_that_cannot_be_launched_are_reported_once_and_not_used(monkeypatch, caplog):
@@ -234,5 +321,8 @@ def test_kernels_that_cannot_be_launched_are_reported_once_and_not_used(monkeypa
 
 if __name__ == "__main__":
     torch.version.cuda = "13.0"  # as in a build for CUDA: the module then imports Triton
-    run_all("cpu", SHAPES)
-    print("checked")
+    if sys.argv[1] == "compiled":
+        compile_all()
+    else:
+        run_all("cpu", SHAPES)
+    print(sys.argv[1])
