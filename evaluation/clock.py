@@ -41,7 +41,8 @@ class Clock:
         self._running = ("", 0.0, 0.0)
 
     def work_left(self) -> float:
-        return sum(work for kinds in self._pending.values() for work in kinds.values()) - self._running[1]
+        pending = sum(work for kinds in self._pending.values() for work in kinds.values())
+        return max(0.0, pending - self._running[1])
 
     def seconds_left(self) -> float | None:
         """None until something was measured; a kind not measured yet is assumed to be as slow as the slowest."""

@@ -222,13 +222,13 @@ def load_tasks(
 
 
 class TokenCounter(LogitsProcessor):
-    """Reports the number of tokens that `generate` has made for the batch so far. The logits stay as they are."""
+    """Reports how many tokens `generate` has made for each row so far. The logits stay as they are."""
 
     def __init__(self, prompt: int, report: Callable[[int], None]) -> None:
         self.prompt, self.report = prompt, report
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        self.report(input_ids.shape[0] * (input_ids.shape[1] - self.prompt + 1))
+        self.report(input_ids.shape[1] - self.prompt + 1)
         return scores
 
 
@@ -236,22 +236,43 @@ class QuietLM(HFLM):
     """lm-eval's model without its own progress bars, one or two per task: there is a single bar over all tasks.
 
     Attributes:
-        on_tokens: Called at every step of a generation with the number of the batch's new tokens.
+        on_work: Called with the kind of request and how much of the batch has been done: at every step of a
+            generation, and on a CPU, where prompts take long, after every layer of a prompt.
     """
 
-    on_tokens: Callable[[int], None] = staticmethod(lambda tokens: None)
+    on_work: Callable[[str, float], None] = staticmethod(lambda kind, work: None)
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.kind = ""
+        if self.device.type == "cpu":  # on a GPU steps of a model with hooks are not captured
+            layers = self.model.base_model.layers
+            for number, layer in enumerate(layers, 1):
+                layer.register_forward_hook(functools.partial(self._after_layer, number / len(layers)))
+
+    def _after_layer(self, share: float, layer: torch.nn.Module, given: Any, output: torch.Tensor) -> None:
+        rows, tokens = output.shape[:2]
+        if tokens > 1:
+            self.on_work(self.kind, share * rows * tokens)  # a token has a character at least
 
     def loglikelihood(self, requests: list, disable_tqdm: bool = True) -> list:
+        self.kind = "loglikelihood"
         return super().loglikelihood(requests, disable_tqdm=True)
 
     def generate_until(self, requests: list, disable_tqdm: bool = True) -> list:
+        self.kind = "generate_until"
         return super().generate_until(requests, disable_tqdm=True)
 
     def loglikelihood_rolling(self, requests: list, disable_tqdm: bool = True) -> list:
+        self.kind = "loglikelihood_rolling"
         return super().loglikelihood_rolling(requests, disable_tqdm=True)
 
     def _model_generate(self, context: torch.Tensor, max_length: int, stop: list[str], **kwargs: Any) -> torch.Tensor:
-        counter = TokenCounter(context.shape[1], self.on_tokens)
+        def report(new: int) -> None:
+            work = context.shape[1] + new * CHARACTERS_PER_NEW_TOKEN
+            self.on_work(self.kind, context.shape[0] * work)
+
+        counter = TokenCounter(context.shape[1], report)
         return super()._model_generate(
             context, max_length, stop, logits_processor=LogitsProcessorList([counter]), **kwargs
         )
@@ -328,7 +349,8 @@ class Evaluation:
         for _, task in tasks:
             self.plan(task)
         bar_format = "{desc}{percentage:5.1f}%|{bar}| {elapsed} elapsed{postfix}"
-        with tqdm(total=self.clock.work_left(), disable=False, bar_format=bar_format, mininterval=0.5) as self.bar:
+        often: dict[str, Any] = {"mininterval": 0.5, "miniters": 1}  # or it would wait for steps as large as the last
+        with tqdm(total=self.clock.work_left(), disable=False, bar_format=bar_format, **often) as self.bar:
             for number, (line, task) in enumerate(tasks, 1):
                 self.bar.set_description(f"{number}/{len(tasks)} {line.name} {task.task_name}")
                 try:
@@ -410,12 +432,12 @@ class Evaluation:
             self.show()
             last = now
 
-        def on_tokens(tokens: int) -> None:
-            self.clock.running("generate_until", tokens * CHARACTERS_PER_NEW_TOKEN, time.perf_counter() - last)
+        def on_work(kind: str, work: float) -> None:
+            self.clock.running(kind, work, time.perf_counter() - last)
             self.show()
 
         self.lm.set_cache_hook(NotifyingHook(caching, on_answer))
-        self.lm.on_tokens = on_tokens
+        self.lm.on_work = on_work
         try:
             yield caching, asked
         finally:

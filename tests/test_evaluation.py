@@ -900,8 +900,14 @@ def test_without_a_chat_template_there_is_no_chat(offline: None, arc: Path, tiny
 
 
 @pytest.mark.evaluation
-def test_the_bar_moves_within_a_batch(offline: None, tiny_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """All 64 requests are one batch, whose answers come together at its end: the bar counts its tokens before that."""
+@pytest.mark.parametrize(("task", "steps"), (("internlm_recall", 4 + 8), ("internlm_sentences", 4)))
+def test_the_bar_moves_within_a_batch(
+    offline: None, tiny_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, task: str, steps: int
+):
+    """All requests are one batch, whose answers come together at its end.
+
+    The bar counts its layers and tokens before that: 4 layers, and 12 tokens, unless every answer ends before.
+    """
     from evaluation import harness
 
     shown, answered = [], []
@@ -917,9 +923,9 @@ def test_the_bar_moves_within_a_batch(offline: None, tiny_dir: Path, tmp_path: P
 
     monkeypatch.setattr(harness.Evaluation, "show", watched_show)
     monkeypatch.setattr(harness.NotifyingHook, "add_partial", watched_add)
-    measured(tmp_path, tiny_dir, "--tasks", "internlm_recall", "--batch-size", "64")
+    measured(tmp_path, tiny_dir, "--tasks", task, "--batch-size", "256")
     before = [done for answers_so_far, done, _ in shown if answers_so_far == 0]
-    assert len(before) >= 8 and before == sorted(set(before))  # 12 tokens, unless every answer ends before
+    assert len(before) >= steps and before == sorted(set(before))
     numbers = [done for _, done, _ in shown]
     assert numbers == sorted(numbers) and numbers[-1] == pytest.approx(shown[-1][2])
 
