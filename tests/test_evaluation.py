@@ -737,7 +737,7 @@ def test_generated_code_is_run_and_scored_if_allowed(tiny_dir: Path, tmp_path: P
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=290,
     )
     assert ran.returncode == 0, ran.stderr
     assert "| HumanEval | 50.00 | 50.00 | 25.61 | +24.39 | 0 | pass@1 | 2 |" in ran.stdout
