@@ -178,11 +178,10 @@ def _one_kernel_reads(config: InternLMConfig, inputs_embeds: torch.Tensor, mask:
     It is as fast as torch's without a mask, and several times as fast with one, which reads all keys, seen or not.
     And torch may choose cuDNN, which takes tens of milliseconds to prepare for each number of keys that is new to it.
     """
-    if inputs_embeds.shape[1] != 1 or config._attn_implementation != "sdpa":
+    single = inputs_embeds.shape[1] == 1 and (mask is None or is_dense(mask))
+    if not single or config._attn_implementation != "sdpa" or not usable(inputs_embeds, compiled=True):
         return False
-    if ALL_ATTENTION_FUNCTIONS.get_interface("sdpa", None) is not sdpa_attention_forward:  # a user's own
-        return False
-    return usable(inputs_embeds, compiled=True) and (mask is None or is_dense(mask))
+    return ALL_ATTENTION_FUNCTIONS.get_interface("sdpa", None) is sdpa_attention_forward  # and not a user's own
 
 
 def kernel_read(

