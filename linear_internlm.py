@@ -37,7 +37,7 @@ def linear_for(states: torch.Tensor) -> Linear:
     compiling = torch.compiler.is_compiling()
     if compiling and not is_compiling():  # an export: its number of tokens must not be asked for, or it is fixed
         return call
-    if states.shape[:-1].numel() != 1 or nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks:
+    if states.shape[:-1].numel() != 1:
         return call
     if compiling:
         return _written_out
